@@ -1,0 +1,97 @@
+"""Attention of new rows over a key-value cache that already holds their own keys and values."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels import launch
+from pallas_kernels.attention import kernel, mask, reference
+
+
+def pack_mask(tree_mask: Bool[Array, "T C"]) -> Int32[Array, "T W"]:
+    """Packs a tree's mask for `tree_attention`: bit j % 32 of word j // 32 in row i is tree_mask[i, j].
+
+    Returns int32[T, ceil(C / 32)]. Raises ValueError for anything but bool[T, C].
+    """
+    if tree_mask.ndim != 2 or tree_mask.dtype != jnp.bool_:
+        raise ValueError(f"mask is {tree_mask.dtype}{list(tree_mask.shape)}; expected bool[T, C]")
+    return mask.pack(tree_mask)
+
+
+def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+                   length: Int32[Array, ""], mask_words: Int32[Array, "T W"], *, tail: int | None = None,
+                   scale: float | None = None, config: kernel.Config | None = None, implementation: str | None = None
+                   ) -> Float[Array, "T Hq d"]:
+    """Attention of T rows of a draft tree whose keys and values stand at cache rows [length, length + tail).
+
+    Row t sees every key below `length`, and key length + i when bit i of its mask is set. The rows may be the whole
+    tree, or one level of a growing tree behind the levels before it. Query head h uses kv head
+    h // (Hq / Hkv). The softmax is f32, and time follows length + tail, not L.
+
+    Args:
+      q: [T, Hq, d] in the caches' dtype.
+      k_cache, v_cache: f16, bf16 or f32 [L, Hkv, d]; rows past length + tail may hold anything, NaN included.
+      length: i32 scalar; length + tail must not exceed L (a traced value cannot be checked).
+      mask_words: int32[T, ceil(tail / 32)], from `pack_mask`.
+      tail: columns of the mask; default T.
+      scale: of the scores; default 1 / sqrt(d).
+      config: how the kernel is cut; default the tuned table of this device, then a heuristic.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel needs d to be a
+        power of two of at least 16.
+
+    Returns:
+      [T, Hq, d] in q's dtype; zeros for a row that sees no key.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or a head_dim that the kernel cannot take.
+    """
+    tail = q.shape[0] if tail is None else tail
+    expected = (q.shape[0], -(-tail // mask.WORD))
+    if mask_words.shape != expected or mask_words.dtype != jnp.int32:
+        raise ValueError(f"mask_words are {mask_words.dtype}{list(mask_words.shape)}; expected int32{list(expected)}")
+    return _attention(q, k_cache, v_cache, length, mask_words, tail, scale, config, implementation)
+
+
+def causal_attention(q: Float[Array, "M Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+                     length: Int32[Array, ""], *, scale: float | None = None, config: kernel.Config | None = None,
+                     implementation: str | None = None) -> Float[Array, "M Hq d"]:
+    """Attention of M consecutive rows, whose keys and values stand at cache rows [length, length + M).
+
+    Row r sees the keys j <= length + r. Everything else is as in `tree_attention`.
+    """
+    return _attention(q, k_cache, v_cache, length, None, q.shape[0], scale, config, implementation)
+
+
+def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+               length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, tail: int, scale: float | None,
+               config: kernel.Config | None, implementation: str | None) -> Float[Array, "T Hq d"]:
+    _check(q, k_cache, v_cache)
+    rows, heads, head_dim = q.shape
+    max_len, kv_heads, _ = k_cache.shape
+    scale = head_dim ** -0.5 if scale is None else scale
+    length = jnp.asarray(length, jnp.int32)
+    chosen = launch.choose(implementation)
+    if chosen == "reference":
+        return reference.attention(q, k_cache, v_cache, length, mask_words, tail=tail, scale=scale)
+    if head_dim < 16 or not launch.is_power_of_two(head_dim):
+        raise ValueError(f"head_dim is {head_dim}; the kernel expects a power of two of at least 16")
+    if config is None:
+        fields = launch.tuned("attention", f"{heads}x{kv_heads}x{head_dim}/{q.dtype}/m{launch.power_of_two(rows)}")
+        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, heads, kv_heads, max_len, q.dtype)
+    return kernel.attention(q, k_cache, v_cache, length, mask_words, tail=tail, scale=scale, config=config,
+                            interpret=chosen == "interpret")
+
+
+def _check(q: Array, k_cache: Array, v_cache: Array) -> None:
+    if q.ndim != 3 or q.shape[0] < 1:
+        raise ValueError(f"q has shape {list(q.shape)}; expected [rows, heads, head_dim]")
+    rows, heads, head_dim = q.shape
+    if k_cache.ndim != 3 or k_cache.shape[2] != head_dim or heads % k_cache.shape[1] or k_cache.shape[0] < rows:
+        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; expected [at least {rows}, a divisor of {heads} "
+                         f"heads, {head_dim}]")
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"v_cache has shape {list(v_cache.shape)}; expected k_cache's {list(k_cache.shape)}")
+    if k_cache.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        raise ValueError(f"k_cache is {k_cache.dtype}; expected float16, bfloat16 or float32")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"q, k_cache and v_cache are {q.dtype}, {k_cache.dtype} and {v_cache.dtype}; "
+                         "expected one dtype")

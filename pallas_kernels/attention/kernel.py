@@ -1,0 +1,169 @@
+"""Flash-decoding (Dao et al., 2023) with a draft tree's mask: splits of the live keys, then their combination.
+
+The query heads that share a kv head and the rows of the tree form one axis of tiles, so each key is read once for
+all of them: tile row i is query row i // group, head i % group of the group. A split computes softmax numerators
+against its own maximum; the second launch weighs and adds the splits in order. A single split needs no second launch.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import launch
+
+MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
+_LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      block_m: (row, head) pairs in a tile, a power of two of at least 16.
+      block_k: keys in a loop iteration, a power of two of at least 16.
+      splits: shares of the live keys, each a program of its own.
+      num_warps, num_stages: Triton's.
+    """
+
+    block_m: int = 16
+    block_k: int = 64
+    splits: int = 8
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self):
+        for name in ("block_m", "block_k"):
+            if getattr(self, name) < 16 or not launch.is_power_of_two(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a power of two of at least 16")
+        if self.splits < 1:
+            raise ValueError(f"splits is {self.splits}; expected at least 1")
+
+
+def heuristic(rows: int, heads: int, kv_heads: int, max_len: int, dtype: jnp.dtype) -> Config:
+    """A config that starts about two programs for each of about 132 SMs."""
+    pairs = rows * heads // kv_heads
+    # f32 products run outside the tensor cores, where a larger tile spills its registers.
+    largest, block_k = (16, 32) if dtype == jnp.float32 else (64, 64)
+    block_m = min(largest, max(16, launch.power_of_two(pairs)))
+    tiles = pl.cdiv(pairs, block_m) * kv_heads
+    splits = min(pl.cdiv(264, tiles), 32, pl.cdiv(max_len, block_k))
+    return Config(block_m=block_m, block_k=block_k, splits=splits)
+
+
+def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float):
+    q_ref, k_ref, v_ref, length_ref, *refs = refs
+    words_ref = refs.pop(0) if tree else None
+    max_len, kv_heads, head_dim = k_ref.shape
+    heads = q_ref.shape[0] // rows
+    group = heads // kv_heads
+    tile, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    length = length_ref[0]
+
+    pair = tile * config.block_m + jnp.arange(config.block_m)
+    row = pair // group
+    pair_mask = (pair < rows * group)[:, None]
+    q_row = (row * heads + kv_head * group + pair % group)[:, None]
+    lane = jnp.arange(head_dim)[None, :]
+    queries = plgpu.load(q_ref.at[q_row, lane], mask=pair_mask, other=0)
+    precision = jax.lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
+
+    # A causal tile sees nothing past its last row's own key.
+    last_row = tail if tree else jnp.minimum(rows, ((tile + 1) * config.block_m - 1) // group + 1)
+    live = jnp.minimum(length + last_row, max_len)
+    blocks = pl.cdiv(live, config.block_k)
+    each = pl.cdiv(blocks, config.splits)
+    first, last = split * each, jnp.minimum((split + 1) * each, blocks)
+    committed = jnp.clip(length // config.block_k, first, jnp.maximum(first, last))
+
+    def visible(key: Array) -> Array:
+        node = key - length
+        if not tree:
+            return node[None, :] <= row[:, None]
+        inside = (node >= 0) & (node < tail)
+        word = plgpu.load(words_ref.at[row[:, None], (node // 32)[None, :]], mask=inside[None, :] & pair_mask, other=0)
+        own = (word >> (node & 31)[None, :]) & 1
+        return (node < 0)[None, :] | (own != 0)
+
+    def step(block: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+        total, largest, weight_sum = carry
+        key = block * config.block_k + jnp.arange(config.block_k)
+        in_cache = (key < live)[:, None] if masked else None
+        index = key[:, None], jnp.broadcast_to(kv_head, (1, 1)), lane
+        keys = plgpu.load(k_ref.at[index], mask=in_cache, other=0 if masked else None)
+        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * (scale * _LOG2_E)
+        if masked:
+            seen = visible(key) & (key < live)[None, :]
+            scores = jnp.where(seen, scores, MASKED)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - new_largest[:, None])
+        if masked:
+            weights = jnp.where(seen, weights, 0.0)
+        decay = jnp.exp2(largest - new_largest)
+        values = plgpu.load(v_ref.at[index], mask=in_cache, other=0 if masked else None)
+        total = total * decay[:, None] + plgpu.dot(weights.astype(values.dtype), values, precision=precision)
+        return total, new_largest, weight_sum * decay + jnp.sum(weights, axis=1)
+
+    carry = (jnp.zeros((config.block_m, head_dim), jnp.float32), jnp.full((config.block_m,), MASKED, jnp.float32),
+             jnp.zeros((config.block_m,), jnp.float32))
+    carry = jax.lax.fori_loop(first, committed, functools.partial(step, masked=False), carry)
+    total, largest, weight_sum = jax.lax.fori_loop(committed, last, functools.partial(step, masked=True), carry)
+
+    if config.splits == 1:
+        out_ref, = refs
+        out = total / jnp.where(weight_sum == 0, 1.0, weight_sum)[:, None]
+        plgpu.store(out_ref.at[q_row, lane], out.astype(out_ref.dtype), mask=pair_mask)
+        return
+    total_ref, largest_ref, sum_ref = refs
+    part = split * rows * heads + q_row
+    plgpu.store(total_ref.at[part, lane], total, mask=pair_mask)
+    plgpu.store(largest_ref.at[part], largest[:, None], mask=pair_mask)
+    plgpu.store(sum_ref.at[part], weight_sum[:, None], mask=pair_mask)
+
+
+def _combine_body(total_ref, largest_ref, sum_ref, out_ref, *, splits: int):
+    q_rows, head_dim = out_ref.shape
+    q_row = pl.program_id(0)
+    split = jnp.arange(launch.power_of_two(splits))
+    mask = split < splits
+    part = split * q_rows + q_row
+    largest = plgpu.load(largest_ref.at[part], mask=mask, other=MASKED)
+    decay = jnp.exp2(largest - jnp.max(largest))
+    weight_sum = jnp.sum(decay * plgpu.load(sum_ref.at[part], mask=mask, other=0))
+    lane = jnp.arange(head_dim)
+    totals = plgpu.load(total_ref.at[part[:, None], lane[None, :]], mask=mask[:, None], other=0)
+    total = jnp.sum(totals * decay[:, None], axis=0)
+    plgpu.store(out_ref.at[q_row, lane], (total / jnp.where(weight_sum == 0, 1.0, weight_sum)).astype(out_ref.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("tail", "scale", "config", "interpret"))
+def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+              length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, *, tail: int, scale: float,
+              config: Config, interpret: bool) -> Float[Array, "T Hq d"]:
+    """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None."""
+    rows, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    flat = jax.ShapeDtypeStruct((rows * heads, head_dim), q.dtype)
+    operands = [q.reshape(flat.shape), k_cache, v_cache, length.reshape(1)]
+    if mask_words is not None:
+        operands.append(mask_words)
+    parts = config.splits * rows * heads
+    out_shape = [flat] if config.splits == 1 else [jax.ShapeDtypeStruct((parts, head_dim), jnp.float32),
+                                                   jax.ShapeDtypeStruct((parts,), jnp.float32),
+                                                   jax.ShapeDtypeStruct((parts,), jnp.float32)]
+    body = functools.partial(_body, config=config, rows=rows, tail=tail, tree=mask_words is not None, scale=scale)
+    out = launch.call(
+        body, operands, out_shape=out_shape, num_warps=config.num_warps, num_stages=config.num_stages,
+        grid=(pl.cdiv(rows * heads // kv_heads, config.block_m), kv_heads, config.splits), interpret=interpret,
+        name="attention")
+    if config.splits > 1:
+        out = launch.call(
+            functools.partial(_combine_body, splits=config.splits), out, out_shape=[flat], grid=(rows * heads,),
+            num_warps=1, num_stages=1, interpret=interpret, name="attention_combine")
+    return out[0].reshape(q.shape)

@@ -1,0 +1,21 @@
+"""Ancestor masks of draft trees, 32 keys to a word."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+WORD = 32
+
+
+def pack(mask: Bool[Array, "T C"]) -> Int32[Array, "T W"]:
+    """See `api.pack_mask`."""
+    rows, keys = mask.shape
+    padded = jnp.pad(mask, ((0, 0), (0, -keys % WORD))).reshape(rows, -1, WORD)
+    bits = padded.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
+    return jnp.sum(bits, axis=-1, dtype=jnp.uint32).view(jnp.int32)
+
+
+def unpack(words: Int32[Array, "T W"], columns: int) -> Bool[Array, "T C"]:
+    """The mask of so many columns that `pack` was given."""
+    rows = words.shape[0]
+    bits = words[:, :, None] >> jnp.arange(WORD) & 1
+    return bits.reshape(rows, -1)[:, :columns].astype(bool)

@@ -1,0 +1,49 @@
+"""Attention over the live part of a cache in plain jnp, block by block, so that its cost follows the live length."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.attention import mask as masks
+
+BLOCK = 256
+MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
+
+
+def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+              length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, *, tail: int, scale: float
+              ) -> Float[Array, "T Hq d"]:
+    """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None."""
+    rows, heads, head_dim = q.shape
+    max_len, kv_heads, _ = k_cache.shape
+    block = min(BLOCK, max_len)
+    queries = (q.astype(jnp.float32) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    mask = jnp.tri(rows, dtype=bool) if mask_words is None else masks.unpack(mask_words, tail)
+
+    def visible(key: Int32[Array, "B"]) -> Bool[Array, "T B"]:
+        node = key - length
+        own = mask[:, jnp.clip(node, 0, tail - 1)]
+        return jnp.where(node < 0, True, own & (node < tail))
+
+    def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, largest, weight_sum = carry
+        start = jnp.minimum(index * block, max_len - block)
+        key = start + jnp.arange(block)
+        live = (key >= index * block) & (key < length + tail)
+        keys = jax.lax.dynamic_slice_in_dim(k_cache, start, block).astype(jnp.float32)
+        values = jax.lax.dynamic_slice_in_dim(v_cache, start, block).astype(jnp.float32)
+        values = jnp.where(live[:, None, None], values, 0)  # dead rows may hold NaN
+        seen = (visible(key) & live)[:, None, None, :]
+        scores = jnp.einsum("thgd,jhd->thgj", queries, keys, precision="highest")
+        scores = jnp.where(seen, scores, MASKED)
+        new_largest = jnp.maximum(largest, scores.max(-1))
+        weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
+        decay = jnp.exp(largest - new_largest)
+        total = total * decay[..., None] + jnp.einsum("thgj,jhd->thgd", weights, values, precision="highest")
+        return total, new_largest, weight_sum * decay + weights.sum(-1)
+
+    shape = queries.shape[:3]
+    carry = jnp.zeros(queries.shape), jnp.full(shape, MASKED), jnp.zeros(shape)
+    blocks = (length + tail + block - 1) // block
+    total, _, weight_sum = jax.lax.fori_loop(0, blocks, step, carry)
+    return (total / jnp.where(weight_sum == 0, 1, weight_sum)[..., None]).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,57 @@
+"""Rotary embedding of new rows and their append to the key-value cache."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import launch
+from pallas_kernels.rope import kernel, reference
+
+
+def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
+                k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
+                heads: int, kv_heads: int, head_dim: int, config: kernel.Config | None = None,
+                implementation: str | None = None
+                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
+    """Adds up the partial sums of q|k|v, rotates q and k, and writes k and v at cache rows [length, length + M).
+
+    Rotary embedding (arXiv:2104.09864) in GPT-NeoX's half-split layout: (a, b) = (x[j], x[j + d/2]) becomes
+    (a cos - b sin, a sin + b cos). On a GPU the caches are updated in place when their buffers may be given up.
+
+    Args:
+      qkv: f32 or f16 [S, M, (heads + 2 kv_heads) * head_dim]; columns hold q, then k, then v, head by head.
+      cos, sin: f32[M, head_dim / 2] at the rows' positions.
+      k_cache, v_cache: [L, kv_heads, head_dim], both of one dtype.
+      length: i32 scalar; length + M must not exceed L (a traced value cannot be checked).
+      config: launch parameters; default the tuned table of this device, then a heuristic.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own.
+
+    Returns:
+      q [M, heads, head_dim] in the caches' dtype, and the two caches.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or more rows than the cache has.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; expected an even number")
+    if qkv.ndim != 3 or qkv.shape[0] < 1 or qkv.shape[2] != (heads + 2 * kv_heads) * head_dim:
+        raise ValueError(f"qkv has shape {list(qkv.shape)}; expected [S, M, {(heads + 2 * kv_heads) * head_dim}] for "
+                         f"{heads} and {kv_heads} heads of {head_dim}")
+    rows = qkv.shape[1]
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (rows, head_dim // 2) or table.dtype != jnp.float32:
+            raise ValueError(f"{name} is {table.dtype}{list(table.shape)}; expected float32[{rows}, {head_dim // 2}]")
+    if k_cache.ndim != 3 or k_cache.shape[1:] != (kv_heads, head_dim) or k_cache.shape[0] < rows:
+        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; expected [at least {rows}, {kv_heads}, {head_dim}]")
+    if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
+        raise ValueError(f"v_cache is {v_cache.dtype}{list(v_cache.shape)}; expected k_cache's "
+                         f"{k_cache.dtype}{list(k_cache.shape)}")
+    length = jnp.asarray(length, jnp.int32)
+    chosen = launch.choose(implementation)
+    if chosen == "reference":
+        return reference.rope_append(qkv, cos, sin, k_cache, v_cache, length, heads=heads, kv_heads=kv_heads,
+                                     head_dim=head_dim)
+    if config is None:
+        fields = launch.tuned("rope", f"{heads + 2 * kv_heads}x{head_dim}/m{launch.power_of_two(rows)}")
+        config = kernel.Config(**fields) if fields else kernel.heuristic(rows)
+    return kernel.rope_append(qkv, cos, sin, k_cache, v_cache, length, heads=heads, kv_heads=kv_heads,
+                              head_dim=head_dim, config=config, interpret=chosen == "interpret")

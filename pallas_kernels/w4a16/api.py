@@ -1,0 +1,105 @@
+"""Products of half-precision activations with symmetric 4-bit weights."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt8
+
+from pallas_kernels import launch
+from pallas_kernels.partials import add_up
+from pallas_kernels.w4a16 import kernel, layout, reference
+
+GROUP_SIZES = (32, 64, 128, -1)
+_ACTIVATIONS = (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "K8 N"]:
+    """Packs codes 0..15 eight to a word, in the order of `layout`.
+
+    Returns int32[ceil(K / 128) * 16, N]; rows that pad K to a multiple of 128 have code 8, weight zero.
+    Raises ValueError for anything but uint8[K, N]. Codes above 15 lose their upper bits.
+    """
+    if q.ndim != 2 or q.dtype != jnp.uint8:
+        raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected uint8[K, N]")
+    return layout.pack(q)
+
+
+def unpack(packed: Int32[Array, "K8 N"], rows: int) -> UInt8[Array, "K N"]:
+    """The codes uint8[rows, N] that `pack` was given. Raises ValueError when `packed` does not hold `rows` rows."""
+    _check_packed(packed, rows)
+    return layout.unpack(packed, rows)
+
+
+def matmul(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], *, group_size: int,
+           out_dtype: jnp.dtype | None = None, config: kernel.Config | None = None,
+           implementation: str | None = None) -> Float[Array, "M N"]:
+    """x @ w with w[k, n] = (q[k, n] - 8) * scales[k // group_size, n].
+
+    Args:
+      x: f16, bf16 or f32 [M, K].
+      packed: int32[ceil(K / 128) * 16, N], from `pack`.
+      scales: f16[ceil(K / group_size), N], of either sign; f16[1, N] when group_size is -1.
+      group_size: 32, 64 or 128 rows of K, or -1 for one group a column.
+      out_dtype: default x's.
+      config: how the kernel is cut; default the tuned table of this device, then a heuristic.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 64
+        rows of f16 or bf16; more rows, or f32, are multiplied by weights expanded into x's dtype.
+
+    Returns:
+      out_dtype[M, N]; products are accumulated in f32.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or an unknown group size or implementation.
+    """
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    partials = _partials(x, packed, scales, group_size, out_dtype, config, implementation)
+    return (partials[0] if partials.shape[0] == 1 else add_up(partials)).astype(out_dtype)
+
+
+def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], *,
+                    group_size: int, config: kernel.Config | None = None, implementation: str | None = None
+                    ) -> Float[Array, "S M N"]:
+    """`matmul` with its split-K partial sums left to the consumer: f32[S, M, N] whose sum over S is the product.
+
+    S >= 1 depends on the shapes and the device only, and each share is summed in a fixed order.
+    """
+    return _partials(x, packed, scales, group_size, None, config, implementation)
+
+
+def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], group_size: int,
+              unsplit_dtype: jnp.dtype | None, config: kernel.Config | None, implementation: str | None
+              ) -> Float[Array, "S M N"]:
+    """Partial sums in f32, except that an unsplit product of the kernel is in `unsplit_dtype` where that is given."""
+    _check(x, packed, scales, group_size)
+    chosen = launch.choose(implementation)
+    if chosen == "reference":
+        return reference.matmul(x, packed, scales, group_size=group_size)[None]
+    rows, inner = x.shape
+    if rows > kernel.MAX_ROWS or x.dtype == jnp.float32:
+        weights = reference.dequantise(packed, scales, inner, group_size).astype(x.dtype)
+        precision = "highest" if x.dtype == jnp.float32 else None
+        return jnp.dot(x, weights, preferred_element_type=jnp.float32, precision=precision)[None]
+    columns = packed.shape[1]
+    if config is None:
+        fields = launch.tuned("w4a16", f"{inner}x{columns}/g{group_size}/m{kernel.block_m(rows)}")
+        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, columns)
+    dtype = unsplit_dtype if unsplit_dtype and kernel.shares(inner, config) == 1 else jnp.float32
+    return kernel.matmul_partials(x, packed, scales, group_size=group_size, out_dtype=dtype, config=config,
+                                  interpret=chosen == "interpret")
+
+
+def _check(x: Array, packed: Array, scales: Array, group_size: int) -> None:
+    if x.ndim != 2 or x.shape[0] < 1 or x.dtype not in _ACTIVATIONS:
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float16, bfloat16 or float32 [M, K] with M >= 1")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}; expected one of {GROUP_SIZES}")
+    inner = x.shape[1]
+    _check_packed(packed, inner)
+    expected = (1 if group_size == -1 else -(-inner // group_size), packed.shape[1])
+    if scales.shape != expected or scales.dtype != jnp.float16:
+        raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float16{list(expected)} for "
+                         f"K = {inner} and group_size {group_size}")
+
+
+def _check_packed(packed: Array, rows: int) -> None:
+    if packed.ndim != 2 or packed.dtype != jnp.int32 or packed.shape[0] != layout.packed_rows(rows):
+        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected int32[{layout.packed_rows(rows)}, N] "
+                         f"for K = {rows}")

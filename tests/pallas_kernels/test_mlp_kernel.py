@@ -1,0 +1,36 @@
+"""The gated activation against the formula in f64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import relative_error
+
+from pallas_kernels.mlp import silu_mul
+
+
+def check(splits: int, rows: int, inner: int) -> None:
+    rng = np.random.default_rng(splits)
+    partials = (rng.normal(size=(splits, rows, 2 * inner)) * 3).astype(np.float32)
+    total = partials.astype(np.float64).sum(0)
+    gate, up = total[:, :inner], total[:, inner:]
+    out = silu_mul(jnp.asarray(partials), out_dtype=jnp.float16)
+    assert out.dtype == jnp.float16
+    assert relative_error(out, gate / (1 + np.exp(-gate)) * up) < 5e-4
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("rows", "inner"), [(1, 1536), (7, 50), (60, 32)])
+def test_gates_the_sum_of_partials(splits, rows, inner):
+    check(splits, rows, inner)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", [1536, 14336, 28672])
+@pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128])
+def test_real_sizes_on_gpu(rows, inner):
+    check(4, rows, inner)
+
+
+def test_rejects_an_odd_width():
+    with pytest.raises(ValueError, match=r"gate_up has shape \[1, 2, 7\]"):
+        silu_mul(jnp.zeros((1, 2, 7)), out_dtype=jnp.float16)

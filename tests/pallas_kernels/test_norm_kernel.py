@@ -1,0 +1,67 @@
+"""Residual addition and RMSNorm against the formula in f64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import IMPLEMENTATIONS, relative_error
+from lowering import cuda_text, launches
+
+from pallas_kernels.norm import add_rms_norm
+
+EPS = 1e-5
+
+
+def problem(rows: int, columns: int, splits: int):
+    rng = np.random.default_rng(rows * columns + splits)
+    residual = (rng.normal(size=(rows, columns)) * 3 + 1).astype(np.float32)
+    partials = rng.normal(size=(splits, rows, columns)).astype(np.float32) if splits else None
+    weight = rng.normal(size=columns).astype(np.float32)
+    total = residual.astype(np.float64) + (partials.astype(np.float64).sum(0) if splits else 0)
+    normed = total / np.sqrt((total**2).mean(-1, keepdims=True) + EPS) * weight
+    arrays = [None if array is None else jnp.asarray(array) for array in (residual, partials, weight)]
+    return arrays, total, normed
+
+
+def check(rows: int, columns: int, splits: int, implementation: str) -> None:
+    arrays, total, normed = problem(rows, columns, splits)
+    out, out_normed = add_rms_norm(*arrays, eps=EPS, out_dtype=jnp.float16, implementation=implementation)
+    assert (out.dtype, out_normed.dtype) == (jnp.float32, jnp.float16)
+    assert relative_error(out, total) < 1e-6
+    assert relative_error(out_normed, normed) < 5e-4
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "columns", "splits"), [(1, 64, 0), (7, 576, 1), (3, 100, 4), (60, 32, 2)])
+def test_adds_partials_and_normalises(rows, columns, splits, implementation):
+    check(rows, columns, splits, implementation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [576, 1536, 4096, 8192])
+@pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128])
+def test_real_sizes_on_gpu(rows, columns):
+    for splits in (0, 1, 8):
+        check(rows, columns, splits, "kernel")
+
+
+@pytest.mark.parametrize("columns", [576, 4096, 8192])
+@pytest.mark.parametrize("splits", [0, 1, 8])
+def test_is_one_launch(columns, splits):
+    shapes = [(60, columns)] + [(splits, 60, columns)] * bool(splits) + [(columns,)]
+
+    def function(residual, *rest):
+        partials, weight = rest if splits else (None, *rest)
+        return add_rms_norm(residual, partials, weight, eps=EPS, out_dtype=jnp.float16, implementation="kernel")
+
+    assert launches(cuda_text(function, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))) == 1
+
+
+def test_names_the_offending_array():
+    residual, weight = jnp.zeros((2, 8)), jnp.zeros(8)
+    with pytest.raises(ValueError, match=r"residual is float16\[2, 8\]"):
+        add_rms_norm(residual.astype(jnp.float16), None, weight, eps=EPS, out_dtype=jnp.float16)
+    with pytest.raises(ValueError, match=r"partials have shape \[1, 3, 8\]; expected \[S, 2, 8\]"):
+        add_rms_norm(residual, jnp.zeros((1, 3, 8)), weight, eps=EPS, out_dtype=jnp.float16)
+    with pytest.raises(ValueError, match=r"weight is float32\[9\]; expected float32\[8\]"):
+        add_rms_norm(residual, None, jnp.zeros(9), eps=EPS, out_dtype=jnp.float16)

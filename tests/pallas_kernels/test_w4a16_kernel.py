@@ -1,0 +1,178 @@
+"""The W4A16 product against expanded weights in f64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import IMPLEMENTATIONS, relative_error
+from lowering import cuda_text, launches
+
+from pallas_kernels.w4a16 import Config, matmul, matmul_partials, pack, unpack
+
+LLAMA_8B = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
+LLAMA_70B = [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)]
+SMOLLM = [(576, 960), (576, 576), (576, 3072), (1536, 576)]
+ROWS = (1, 8, 16, 30, 60, 64, 128)
+
+
+def expand(q: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
+    """f64 weights from codes and scales, group by group."""
+    weights = np.empty(q.shape)
+    size = q.shape[0] if group_size == -1 else group_size
+    for group, scale in enumerate(scales.astype(np.float64)):
+        rows = slice(group * size, (group + 1) * size)
+        weights[rows] = (q[rows].astype(np.float64) - 8) * scale
+    return weights
+
+
+def problem(rows: int, inner: int, columns: int, group_size: int, dtype):
+    """x, packed and scales of both signs, and x @ w in f64."""
+    rng = np.random.default_rng([rows, inner, columns, group_size + 1])
+    q = rng.integers(0, 16, (inner, columns), dtype=np.uint8)
+    groups = 1 if group_size == -1 else -(-inner // group_size)
+    scales = (rng.normal(size=(groups, columns)) * 0.02).astype(np.float16)
+    x = jnp.asarray(rng.normal(size=(rows, inner)), dtype)
+    expected = np.asarray(x.astype(jnp.float32)).astype(np.float64) @ expand(q, scales, group_size)
+    return (x, pack(jnp.asarray(q)), jnp.asarray(scales)), expected
+
+
+def check(shape: tuple, dtype, config: Config | None, implementation: str) -> None:
+    *_, group_size = shape
+    operands, expected = problem(*shape, dtype)
+    partials = matmul_partials(*operands, group_size=group_size, config=config, implementation=implementation)
+    assert partials.dtype == jnp.float32
+    assert relative_error(np.asarray(partials, np.float64).sum(0), expected) < 2e-5
+    product = matmul(*operands, group_size=group_size, config=config, implementation=implementation)
+    assert product.dtype == dtype
+    assert relative_error(product.astype(jnp.float32), expected) < (4e-3 if dtype == jnp.bfloat16 else 5e-4)
+
+
+@pytest.mark.parametrize("inner", [1, 127, 128, 576])
+def test_unpack_inverts_pack(inner):
+    q = np.random.default_rng(inner).integers(0, 16, (inner, 5), dtype=np.uint8)
+    packed = jax.jit(pack)(jnp.asarray(q))
+    assert packed.shape == (-(-inner // 128) * 16, 5)
+    np.testing.assert_array_equal(jax.jit(unpack, static_argnums=1)(packed, inner), q)
+
+
+def test_padding_has_weight_zero():
+    q = unpack(pack(jnp.zeros((1, 3), jnp.uint8)), 128)
+    np.testing.assert_array_equal(q[1:], 8)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("shape", "config"), [
+    ((1, 576, 40, 128), Config(block_n=32)),
+    ((7, 320, 32, 64), Config(block_n=16, split_k=2)),
+    ((16, 384, 48, 32), Config(block_n=32, rows=32, split_k=2, transposed=True)),
+    ((30, 200, 20, -1), Config(block_n=16, split_k=5)),
+    ((60, 130, 16, 128), Config(block_n=16, transposed=True)),
+    ((5, 300, 24, -1), None),
+])
+def test_ragged_sizes_groups_and_cuts(shape, config, implementation):
+    check(shape, jnp.float16, config, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_other_activations(dtype, implementation):
+    check((3, 200, 24, 64), dtype, Config(block_n=32), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prompt_sized_inputs(implementation):
+    check((100, 200, 24, 128), jnp.float32, None, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_accumulates_beyond_the_range_of_half_precision(implementation):
+    x = jnp.full((1, 256), 200, jnp.float16)
+    packed = pack(jnp.concatenate([jnp.full((128, 16), 15, jnp.uint8), jnp.full((128, 16), 1, jnp.uint8)]))
+    product = matmul(x, packed, jnp.ones((2, 16), jnp.float16), group_size=128, implementation=implementation)
+    np.testing.assert_array_equal(product, 0)  # 179200 - 179200
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("inline_asm", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_every_form_of_the_kernel_on_gpu(transposed, inline_asm, group_size, dtype):
+    for rows in (1, 30, 64):
+        for block_n, packed_rows, split_k, num_warps in [(32, 16, 3, 1), (64, 32, 1, 4), (128, 16, 2, 4)]:
+            config = Config(block_n=block_n, rows=packed_rows, split_k=split_k, num_warps=num_warps,
+                            transposed=transposed, inline_asm=inline_asm)
+            check((rows, 1120, 200, group_size), dtype, config, "kernel")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inner", "columns"), LLAMA_8B + LLAMA_70B + SMOLLM)
+def test_real_sizes_on_gpu(inner, columns):
+    """A sample of columns, the last ones included, against f64."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    packed = jax.random.bits(keys[0], (-(-inner // 128) * 16, columns), jnp.uint32).view(jnp.int32)
+    scales = (jax.random.normal(keys[1], (-(-inner // 128), columns)) * 0.02).astype(jnp.float16)
+    sample = np.unique(np.r_[:64, columns - 64:columns, np.random.default_rng(0).integers(0, columns, 128)])
+    weights = expand(np.asarray(unpack(packed[:, sample], inner)), np.asarray(scales[:, sample]), 128)
+    errors = {}
+    for rows in ROWS:
+        x = jax.random.normal(keys[2], (rows, inner), jnp.float16)
+        expected = np.asarray(x).astype(np.float64) @ weights
+        for function in (matmul, matmul_partials):
+            out = function(x, packed, scales, group_size=128, implementation="kernel")
+            out = out if out.ndim == 2 else out.sum(0)
+            errors[rows, function.__name__] = relative_error(out[:, sample], expected)
+    assert all(error < 2e-3 for error in errors.values()), errors
+
+
+@pytest.mark.gpu
+def test_two_runs_give_the_same_bits_on_gpu():
+    operands, _ = problem(16, 14336, 512, 128, jnp.float16)
+    first, second = (matmul_partials(*operands, group_size=128, implementation="kernel") for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(("inner", "columns"), LLAMA_8B + LLAMA_70B + SMOLLM + [(130, 1), (128, 17), (64, 100)])
+def test_lowers_to_one_launch(inner, columns):
+    for rows, dtype in [(1, jnp.float16), (16, jnp.bfloat16), (30, jnp.float16), (60, jnp.bfloat16)]:
+        avals = (jax.ShapeDtypeStruct((rows, inner), dtype),
+                 jax.ShapeDtypeStruct((-(-inner // 128) * 16, columns), jnp.int32),
+                 jax.ShapeDtypeStruct((-(-inner // 128), columns), jnp.float16))
+        text = cuda_text(lambda *operands: matmul_partials(*operands, group_size=128, implementation="kernel"), *avals)
+        assert launches(text) == 1
+
+
+@pytest.mark.parametrize("inline_asm", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_every_form_lowers(group_size, transposed, inline_asm):
+    config = Config(rows=32, split_k=3, num_warps=4, transposed=transposed, inline_asm=inline_asm)
+    for dtype in (jnp.float16, jnp.bfloat16):
+        avals = (jax.ShapeDtypeStruct((30, 576), dtype), jax.ShapeDtypeStruct((80, 960), jnp.int32),
+                 jax.ShapeDtypeStruct((1 if group_size == -1 else 576 // group_size, 960), jnp.float16))
+        text = cuda_text(lambda *operands: matmul(*operands, group_size=group_size, config=config,
+                                                  implementation="kernel"), *avals)
+        assert launches(text) == 1
+
+
+def test_names_the_offending_array():
+    (x, packed, scales), _ = problem(2, 200, 8, 64, jnp.float16)
+    with pytest.raises(ValueError, match=r"x is int32\[2, 200\]"):
+        matmul(x.astype(jnp.int32), packed, scales, group_size=64)
+    with pytest.raises(ValueError, match=r"packed is int32\[16, 8\]; expected int32\[32, N\] for K = 200"):
+        matmul(x, packed[:16], scales, group_size=64)
+    with pytest.raises(ValueError, match=r"scales are float16\[4, 8\]; expected float16\[2, 8\] for K = 200 and group"):
+        matmul(x, packed, scales, group_size=128)
+    with pytest.raises(ValueError, match="group_size is 48; expected one of"):
+        matmul(x, packed, scales, group_size=48)
+    with pytest.raises(ValueError, match=r"q is int32\[4, 4\]; expected uint8\[K, N\]"):
+        pack(jnp.zeros((4, 4), jnp.int32))
+    with pytest.raises(ValueError, match=r"for K = 300"):
+        unpack(packed, 300)
+
+
+@pytest.mark.parametrize("fields", [{"block_n": 24}, {"rows": 8}, {"split_k": 0}])
+def test_config_names_the_offending_field(fields):
+    [(name, value)] = fields.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        Config(**fields)
