@@ -1,0 +1,330 @@
+"""Prefill, one draft-verify-accept round, and the loops over it.
+
+One verifier serves every temperature. The target draws one token at every node of the draft tree, with noise keyed by the
+position alone, and the round walks to the children that carry those tokens. Drafts are always greedy, so the tree is a
+function of the past and the committed tokens are exactly those that plain decoding draws with the same seed.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from specmq_jax.cache import KVCache
+from specmq_jax.compilation import enable_persistent_cache
+from specmq_jax.config import DecodeConfig
+from specmq_jax.drafters import Drafter, NoDrafter
+from specmq_jax.errors import UserError
+from specmq_jax.memory import check_room
+from specmq_jax.model import Model, check_tokens
+from specmq_jax.tree import Accepted, DraftTree
+from specmq_jax.verification import verify
+
+Params = tuple[Any, Any]
+"""The target's parameters and the drafter's."""
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Everything one sequence carries from round to round.
+
+    Attributes:
+      tokens: i32[capacity], prompt and committed tokens; what stands behind `length` is scratch.
+      length: i32 scalar, committed tokens. The newest one, the root of the next draft, is not in the caches yet.
+      limit: i32 scalar, the length at which decoding ends.
+      done: bool scalar, a stop token or the limit was reached.
+      cache: the target's.
+      drafter: the drafter's own state.
+      key: of the sampling noise.
+      stop_tokens: i32[S], ids that end the sequence.
+      accept_lengths: i32[capacity], tokens each round accepted, the bonus token counted, before any cut.
+      rounds: i32 scalar, how many rounds that is.
+    """
+
+    tokens: Int32[Array, "C"]
+    length: Int32[Array, ""]
+    limit: Int32[Array, ""]
+    done: Bool[Array, ""]
+    cache: KVCache
+    drafter: Any
+    key: Array
+    stop_tokens: Int32[Array, "S"]
+    accept_lengths: Int32[Array, "C"]
+    rounds: Int32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: i32[n], the new tokens; a stop token, if one came, is the last.
+      accept_lengths: i32[rounds], tokens each round accepted, the bonus token counted; 1 throughout in plain decoding.
+        The last round's is not cut at the stop token or at the limit.
+      seconds: of the decode loop alone, which makes all tokens but the first.
+      prefill_seconds: of the target's pass over the prompt and the draw of the first token.
+      draft_prefill_seconds: of the drafter's pass over the prompt.
+      stopped: a stop token ended it, not the limit.
+      draft_accept_lengths: i32[n], tokens each inner round of a hierarchical drafter accepted; empty for other drafters.
+    """
+
+    tokens: Int32[np.ndarray, "n"]
+    accept_lengths: Int32[np.ndarray, "r"]
+    seconds: float
+    prefill_seconds: float
+    draft_prefill_seconds: float
+    stopped: bool
+    draft_accept_lengths: Int32[np.ndarray, "n"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseTimes:
+    """Median seconds of a prefill (drafter's included) and of one round and its parts, measured inside jitted loops."""
+
+    prefill: float
+    draft: float
+    verify: float
+    round: float
+
+
+class Decoder:
+    """Decodes one sequence at a time with a target model and a drafter.
+
+    `prefill` and `round` are the jitted functions; `generate` and `stream` run the same rounds in one loop.
+    """
+
+    def __init__(self, target: Model, drafter: Drafter | None = None, config: DecodeConfig | None = None) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          target: the model whose output is to be made.
+          drafter: none decodes plainly.
+          config: lengths, sampling, stop tokens.
+
+        Raises:
+          UserError: the drafter can't draft for this target.
+        """
+        enable_persistent_cache()
+        self.target = target
+        self.drafter = drafter if drafter is not None else NoDrafter()
+        self.config = config if config is not None else DecodeConfig()
+        self.drafter.check(target.config)
+        self._module = target.module.clone(capture=self.drafter.capture)
+        self._chunks = self.config.prefill_chunks or (
+            (32, 128, 512) if jax.default_backend() == "cpu" else (128, 512, 2048))
+        slack = max(self.drafter.tree_size, self.drafter.scratch_rows, *self._chunks)
+        self._capacity = -(-(self.config.max_len + slack) // 128) * 128
+        check_room(self.state_bytes, f"decoding state for {self.config.max_len} tokens")
+        self._ingest = jax.jit(self._ingest_chunk, donate_argnums=1)
+        self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
+        self._draw = jax.jit(self._draw_after)
+        self._run = jax.jit(self._run_rounds, donate_argnums=1)
+        self._time_draft = jax.jit(self._repeat_draft, donate_argnums=1)
+        self._time_verify = jax.jit(self._repeat_verify, donate_argnums=1)
+
+    @property
+    def params(self) -> Params:
+        return self.target.params, self.drafter.params
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of device memory that the caches of one sequence take, the drafter's included."""
+        state = jax.eval_shape(lambda: (self.target.new_cache(self._capacity), self.drafter.init(self._capacity)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    def prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
+                ) -> DecodeState:
+        """Takes in the prompt, draws the first token and returns the state that `round` advances.
+
+        Args:
+          prompt_ids: token ids.
+          max_new_tokens: where decoding ends; by default, and at most, where the cache is full.
+          seed: of the sampling noise, by default the configuration's.
+
+        Raises:
+          UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache.
+        """
+        return self._timed_prefill(prompt_ids, max_new_tokens, seed)[0]
+
+    def round(self, state: DecodeState) -> DecodeState:
+        """One round: propose, verify, accept, advance. The state given is consumed; a finished one comes back as is."""
+        return self._run(self.params, state, 1)
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
+                 ) -> Generation:
+        """Prefills and decodes to the end in one jitted loop; arguments and errors as in `prefill`."""
+        state, prefill_seconds, draft_prefill_seconds = self._timed_prefill(prompt_ids, max_new_tokens, seed)
+        start = time.perf_counter()
+        state = jax.block_until_ready(self._run(self.params, state, self._capacity))
+        seconds = time.perf_counter() - start
+        length, limit, rounds = int(state.length), int(state.limit), int(state.rounds)
+        tokens = np.asarray(state.tokens)[len(prompt_ids):length]
+        return Generation(tokens=tokens, accept_lengths=np.asarray(state.accept_lengths)[:rounds], seconds=seconds,
+                          prefill_seconds=prefill_seconds, draft_prefill_seconds=draft_prefill_seconds,
+                          stopped=length < limit or int(tokens[-1]) in self.config.stop_tokens,
+                          draft_accept_lengths=self.drafter.accept_lengths(state.drafter))
+
+    def stream(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None,
+               rounds: int = 4) -> Iterator[list[int]]:
+        """Yields new token ids as they are committed, `rounds` rounds at a time; the same tokens as `generate`."""
+        state = self.prefill(prompt_ids, max_new_tokens, seed=seed)
+        sent = len(prompt_ids)
+        while True:
+            length, done = int(state.length), bool(state.done)
+            yield np.asarray(state.tokens)[sent:length].tolist()
+            if done:
+                return
+            sent = length
+            state = self._run(self.params, state, rounds)
+
+    def bytes_per_round(self, live_length: int) -> int:
+        """Bytes one round must read: each weight the target and the drafter use, once a pass, and the target's live
+        cache rows."""
+        cache = jax.eval_shape(lambda: self.target.new_cache(1))
+        row = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
+        return self.target.weight_bytes + self.drafter.round_bytes + live_length * row
+
+    def phase_times(self, prompt_ids: Sequence[int], *, repeats: int = 3) -> PhaseTimes:
+        """Measures the parts of a round behind this prompt, each in a jitted loop of its own, apart from `generate`.
+
+        Raises:
+          UserError: as in `prefill`, or the cache has no room for a round behind the prompt.
+        """
+        room = (self.config.max_len - len(prompt_ids)) // self.drafter.tree_size
+        if room < 1:
+            raise UserError(f"a prompt of {len(prompt_ids)} tokens leaves no room in a cache of {self.config.max_len}")
+        rounds = min(8, room)
+
+        def fresh() -> DecodeState:
+            state = self.prefill(prompt_ids)
+            return jax.block_until_ready(state.replace(done=jnp.asarray(False), stop_tokens=-jnp.ones_like(
+                state.stop_tokens)))
+
+        def median(loop: Callable[[Params, DecodeState, int], Any]) -> float:
+            jax.block_until_ready(loop(self.params, fresh(), rounds))
+            return statistics.median(_seconds(lambda s: loop(self.params, s, rounds), fresh()) for _ in range(repeats)
+                                     ) / rounds
+
+        fresh()
+        prefill = statistics.median(sum(self._timed_prefill(prompt_ids, None, None)[1:]) for _ in range(repeats))
+        draft = 0.0 if self.drafter.max_depth == 0 else median(self._time_draft)
+        return PhaseTimes(prefill=prefill, draft=draft, verify=median(self._time_verify), round=median(self._run))
+
+    def _timed_prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None, seed: int | None
+                       ) -> tuple[DecodeState, float, float]:
+        """The state, and the seconds that the target's and the drafter's passes over the prompt took."""
+        prompt = check_tokens(prompt_ids, self.target.config)
+        if len(prompt) >= self.config.max_len:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {self.config.max_len} with at least "
+                            "one new token; shorten the prompt or raise max_len")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
+        key = jax.random.key(self.config.seed if seed is None else seed)
+        start = time.perf_counter()
+        cache, chunks = self.target.new_cache(self._capacity), []
+        for tokens, count in self._split(prompt):
+            hidden, features, cache = self._ingest(self.target.params, cache, tokens, count)
+            chunks.append((tokens, count, features))
+        first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
+        middle = time.perf_counter()
+        drafter = self.drafter.init(self._capacity)
+        following = np.append(prompt[1:], int(first)).astype(np.int32)
+        for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
+            drafter = self._ingest_drafter(self.drafter.params, drafter, tokens, next_tokens, features,
+                                           count)
+        jax.block_until_ready(drafter)
+        end = time.perf_counter()
+        room = self.config.max_len - len(prompt)
+        limit = len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))
+        return self._start(prompt, first, limit, cache, drafter, key), middle - start, end - middle
+
+    def _split(self, prompt: Int32[np.ndarray, "n"]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
+        """The prompt in padded chunks of the few lengths that are compiled, each with its count of real tokens."""
+        sizes = sorted(self._chunks)
+        while len(prompt):
+            size = next((size for size in sizes if size >= len(prompt)), sizes[-1])
+            chunk, prompt = prompt[:size], prompt[size:]
+            yield np.pad(chunk, (0, size - len(chunk))), np.int32(len(chunk))
+
+    def _start(self, prompt: Int32[np.ndarray, "n"], first: Int32[Array, ""], limit: int, cache: KVCache, drafter: Any,
+               key: Array) -> DecodeState:
+        stops = np.asarray(self.config.stop_tokens or (-1,), np.int32)
+        tokens = np.zeros(self._capacity, np.int32)
+        tokens[:len(prompt)], tokens[len(prompt)] = prompt, int(first)
+        length = len(prompt) + 1
+        state = DecodeState(
+            tokens=tokens, length=np.int32(length), limit=np.int32(limit),
+            done=np.bool_(length >= limit or int(first) in self.config.stop_tokens), cache=cache, drafter=drafter,
+            key=key, stop_tokens=stops, accept_lengths=np.zeros(self._capacity, np.int32), rounds=np.int32(0))
+        return jax.tree.map(jnp.asarray, state)
+
+    def _ingest_chunk(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"], count: Int32[Array, ""]
+                      ) -> tuple[Float[Array, "1 D"], Float[Array, "M F"], KVCache]:
+        """The state behind the last real token, what the drafter reads of every row, and the cache."""
+        hidden, features, cache = self._module.apply(params, tokens, cache)
+        return hidden[count - 1][None], features, cache.rewind(cache.length + count)
+
+    def _draw_after(self, params: Any, hidden: Float[Array, "1 D"], position: Int32[Array, ""], key: Array
+                    ) -> Int32[Array, ""]:
+        logits = self._module.apply(params, hidden, method="logits")
+        return self.config.sampling(logits, jnp.asarray(position)[None], key)[0]
+
+    def _run_rounds(self, params: Params, state: DecodeState, most: Int32[Array, ""]) -> DecodeState:
+        """Rounds until the sequence is done, `most` of them at most."""
+        last = state.rounds + most
+        return jax.lax.while_loop(lambda s: ~s.done & (s.rounds < last), lambda s: self._round(params, s), state)
+
+    def _round(self, params: Params, state: DecodeState) -> DecodeState:
+        root = state.tokens[state.length - 1]
+        tree, drafter = self.drafter.propose(params[1], state.drafter, root)
+        accepted, cache = self._verify(params[0], state, tree)
+        drafter = self.drafter.advance(params[1], drafter, accepted)
+        return _commit(state, accepted).replace(cache=cache, drafter=drafter)
+
+    def _verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
+        return verify(self._module, params, state.cache, tree,
+                      lambda logits: self.config.sampling(logits, state.length + tree.depth, state.key))
+
+    def _repeat_draft(self, params: Params, state: DecodeState, times: Int32[Array, ""]) -> DecodeState:
+        def body(_: Array, state: DecodeState) -> DecodeState:
+            tree, drafter = self.drafter.propose(params[1], state.drafter, state.tokens[0])
+            return state.replace(drafter=drafter, tokens=state.tokens.at[0].set(jnp.maximum(tree.tokens[-1], 0)))
+
+        return jax.lax.fori_loop(0, times, body, state)
+
+    def _repeat_verify(self, params: Params, state: DecodeState, times: Int32[Array, ""]) -> DecodeState:
+        shape = jax.eval_shape(lambda: self.drafter.propose(params[1], state.drafter, state.length)[0])
+
+        def body(_: Array, state: DecodeState) -> DecodeState:
+            tokens = state.tokens[:shape.size]
+            tree = DraftTree.chain(tokens).replace(max_depth=shape.max_depth, is_chain=shape.is_chain)
+            accepted, cache = self._verify(params[0], state, tree)
+            return state.replace(cache=cache.rewind(state.cache.length), tokens=state.tokens.at[0].set(accepted.tokens[0]))
+
+        return jax.lax.fori_loop(0, times, body, state)
+
+
+def _commit(state: DecodeState, accepted: Accepted) -> DecodeState:
+    """Appends the accepted tokens up to the limit and up to and with the first stop token."""
+    slots = jnp.arange(accepted.tokens.shape[0])
+    stops = jnp.any(accepted.tokens[:, None] == state.stop_tokens[None, :], axis=1) & (slots < accepted.count)
+    count = jnp.where(stops.any(), jnp.argmax(stops) + 1, accepted.count)
+    count = jnp.minimum(count, state.limit - state.length).astype(jnp.int32)
+    length = state.length + count
+    return state.replace(
+        tokens=jax.lax.dynamic_update_slice(state.tokens, accepted.tokens, (state.length,)), length=length,
+        done=jnp.any(stops & (slots < count)) | (length >= state.limit),
+        accept_lengths=state.accept_lengths.at[state.rounds].set(accepted.count), rounds=state.rounds + 1)
+
+
+def _seconds(function: Callable[[DecodeState], Any], state: DecodeState) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(state))
+    return time.perf_counter() - start

@@ -1,0 +1,163 @@
+"""EAGLE-2's dynamic tree: grown level by level from a head's most likely paths, then cut to the best nodes."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from specmq_jax.cache import KVCache
+from specmq_jax.config import LlamaConfig, TreeConfig
+from specmq_jax.errors import UserError
+from specmq_jax.head import Head
+from specmq_jax.tree import Accepted, DraftTree
+
+
+@flax.struct.dataclass
+class EagleState:
+    """The head's side of the sequence.
+
+    Attributes:
+      cache: the head's; row t pairs token t + 1 with the target's state at t.
+      feature: f32[D], the head's output at the last committed row, from which the first level is drafted.
+    """
+
+    cache: KVCache
+    feature: Float[Array, "D"]
+
+
+@flax.struct.dataclass
+class Candidates:
+    """Scored nodes in order of drafting (the "history").
+
+    Attributes:
+      scores: f32[C], sum of log-probabilities from the root.
+      tokens: i32[C], ids in the target's vocabulary.
+      parents: i32[C], index of each one's parent among the candidates, -1 for the root.
+    """
+
+    scores: Float[Array, "C"]
+    tokens: Int32[Array, "C"]
+    parents: Int32[Array, "C"]
+
+    def join(self, other: "Candidates") -> "Candidates":
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self, other)
+
+    def prune(self, root: Int32[Array, ""], tree: TreeConfig) -> DraftTree:
+        """The `tree.size` - 1 best candidates behind the root, in order of drafting.
+
+        Scores never rise along a path and ties go to the lower index, so a chosen node's parent is chosen too.
+        """
+        chosen = jnp.sort(jax.lax.top_k(self.scores, tree.size - 1)[1]).astype(jnp.int32)
+        place = jnp.zeros(tree.candidates, jnp.int32).at[chosen].set(jnp.arange(1, tree.size, dtype=jnp.int32))
+        above = self.parents[chosen]
+        parent = jnp.where(above < 0, 0, place[above])
+        return DraftTree.from_parents(jnp.append(root, self.tokens[chosen]), jnp.append(0, parent).astype(jnp.int32),
+                                      max_depth=tree.depth)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EagleDrafter:
+    """Grows a tree with an EAGLE head.
+
+    Attributes:
+      head: loaded for the target.
+      tree: its shape.
+    """
+
+    head: Head
+    tree: TreeConfig = TreeConfig()
+
+    def __post_init__(self) -> None:
+        scored = self.head.config.layer.vocab_size
+        if self.tree.top_k > scored:
+            raise UserError(f"top_k {self.tree.top_k} exceeds the head's vocabulary of {scored}")
+
+    @property
+    def params(self) -> Any:
+        return self.head.params
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        return self.head.capture
+
+    @property
+    def tree_size(self) -> int:
+        return self.tree.size
+
+    @property
+    def scratch_rows(self) -> int:
+        return (self.tree.depth - 1) * self.tree.top_k
+
+    @property
+    def max_depth(self) -> int:
+        return self.tree.depth
+
+    @property
+    def round_bytes(self) -> int:
+        return self.tree.depth * self.head.weight_bytes
+
+    def check(self, target: LlamaConfig) -> None:
+        self.head.check(target)
+
+    def init(self, max_len: int) -> EagleState:
+        return EagleState(cache=self.head.new_cache(max_len),
+                          feature=jnp.zeros(self.head.config.layer.hidden_size, jnp.float32))
+
+    def prefill(self, params: Any, state: EagleState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
+                features: Float[Array, "M F"], count: Int32[Array, ""]) -> EagleState:
+        del tokens
+        return self._commit(params, state, next_tokens, features, count)
+
+    def propose(self, params: Any, state: EagleState, root: Int32[Array, ""]) -> tuple[DraftTree, EagleState]:
+        k = self.tree.top_k
+        scores, tokens = self._best(params, state.feature[None])
+        frontier, tokens, index = scores[0], tokens[0], jnp.arange(k, dtype=jnp.int32)
+        candidates = Candidates(scores=frontier, tokens=tokens, parents=jnp.full(k, -1, jnp.int32))
+        features = jnp.broadcast_to(state.feature, (k, state.feature.shape[0]))
+        seen, cache = jnp.eye(k, dtype=bool), state.cache
+        for level in range(1, self.tree.depth):
+            features, cache = self._expand(params, cache, tokens, features, seen, level)
+            scores, best = self._best(params, features)
+            scores, best = (scores + frontier[:, None]).reshape(-1), best.reshape(-1)
+            first = candidates.scores.shape[0]
+            candidates = candidates.join(Candidates(scores=scores, tokens=best, parents=jnp.repeat(index, k)))
+            frontier, chosen = jax.lax.top_k(scores, k)
+            row = chosen // k
+            tokens, features, index = best[chosen], features[row], first + chosen.astype(jnp.int32)
+            seen = jnp.concatenate([seen[row], jnp.eye(k, dtype=bool)], axis=1)
+        return candidates.prune(root, self.tree), state.replace(cache=cache)
+
+    def advance(self, params: Any, state: EagleState, accepted: Accepted) -> EagleState:
+        return self._commit(params, state, accepted.tokens, accepted.features, accepted.count)
+
+    def accept_lengths(self, state: EagleState) -> Int32[np.ndarray, "n"]:
+        del state
+        return np.zeros(0, np.int32)
+
+    def rewind(self, state: EagleState, length: Int32[Array, ""]) -> EagleState:
+        """Forgets the rows from `length` on; `advance` with the tokens from there must follow, which sets the feature."""
+        return state.replace(cache=state.cache.rewind(length))
+
+    def _commit(self, params: Any, state: EagleState, tokens: Int32[Array, "M"], states: Float[Array, "M F"],
+                count: Int32[Array, ""]) -> EagleState:
+        """Runs the rows of `count` committed tokens with the target's states; the rest of M is padding."""
+        offsets = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        features, cache = self.head.module.apply(params["head"], tokens, states, state.cache, offsets, None, own=False)
+        return EagleState(cache=cache.rewind(cache.length + count), feature=features[count - 1])
+
+    def _expand(self, params: Any, cache: KVCache, tokens: Int32[Array, "K"], features: Float[Array, "K D"],
+                seen: Bool[Array, "K C"], level: int) -> tuple[Float[Array, "K D"], KVCache]:
+        """One level: k rows at one position, each seeing its ancestors' rows and itself behind the committed ones."""
+        offsets = jnp.full(self.tree.top_k, level - 1, jnp.int32)
+        return self.head.module.apply(params["head"], tokens, features, cache, offsets, seen, own=True,
+                                      skip=(level - 1) * self.tree.top_k)
+
+    def _best(self, params: Any, features: Float[Array, "M D"]) -> tuple[Float[Array, "M K"], Int32[Array, "M K"]]:
+        """Log-probabilities and target ids of each row's top_k tokens."""
+        logits = self.head.module.apply(params["head"], features, method="logits")
+        scores, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), self.tree.top_k)
+        return scores, ids.astype(jnp.int32) if params["ids"] is None else params["ids"][ids]

@@ -1,0 +1,53 @@
+"""Weights stored as floats."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from specmq_jax.formats.base import Logical, WeightFormat, dense_values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """values: float[K, N]."""
+
+    values: Float[Array, "K N"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseFormat(WeightFormat):
+    """fp32, bf16 or fp16 weights and activations; products accumulate in f32."""
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[self.kind])
+
+    def abstract(self, shape: tuple[int, int]) -> Dense:
+        return Dense(jax.ShapeDtypeStruct(shape, self.dtype))
+
+    def pack(self, logical: Logical) -> Dense:
+        return Dense(dense_values(logical).astype(self.dtype))
+
+    def unpack(self, weight: Dense, shape: tuple[int, int]) -> Float[Array, "K N"]:
+        return weight.values.astype(jnp.float32)
+
+    def matmul(self, x: Float[Array, "M K"], weight: Dense) -> Float[Array, "1 M N"]:
+        return self._product(x, weight.values, contract=0)[None]
+
+    def transposed_matmul(self, x: Float[Array, "M K"], table: Float[Array, "N K"]) -> Float[Array, "M N"]:
+        """x @ table^T in f32: an embedding table that serves as the output projection."""
+        return self._product(x, table, contract=1)
+
+    def _product(self, x: Float[Array, "M K"], values: Float[Array, "A B"], *, contract: int) -> Float[Array, "M N"]:
+        precision = jax.lax.Precision.HIGHEST if self.kind == "fp32" else None
+        return jax.lax.dot_general(x.astype(self.dtype), values, (((1,), (contract,)), ((), ())), precision=precision,
+                                   preferred_element_type=jnp.float32)

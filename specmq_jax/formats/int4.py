@@ -1,0 +1,76 @@
+"""W4A16: symmetric 4-bit weights in groups along the input, 16-bit activations (GPTQ's and Marlin's numerics)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.w4a16 import api as w4a16
+from specmq_jax.formats.base import GroupedInt4, Logical, WeightFormat, dense_values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int4Group:
+    """packed: i32[ceil128(K) / 8, N] in `pallas_kernels.w4a16`'s layout; scales: f16[groups, N]."""
+
+    packed: Int32[Array, "K8 N"]
+    scales: Float[Array, "G N"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int4GroupFormat(WeightFormat):
+    """w[k, n] = (q[k, n] - 8) * scales[k // group_size, n]; group_size -1 gives each column one scale."""
+
+    group_size: int = 128
+
+    @property
+    def name(self) -> str:
+        return {128: "w4a16", -1: "w4a16-channel"}.get(self.group_size, f"w4a16-g{self.group_size}")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float16)
+
+    def _groups(self, rows: int) -> int:
+        return 1 if self.group_size == -1 else -(-rows // self.group_size)
+
+    def abstract(self, shape: tuple[int, int]) -> Int4Group:
+        rows, columns = shape
+        packed_rows = -(-rows // 128) * 16
+        return Int4Group(jax.ShapeDtypeStruct((packed_rows, columns), jnp.int32),
+                         jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float16))
+
+    def pack(self, logical: Logical) -> Int4Group:
+        if isinstance(logical, GroupedInt4) and self._same_groups(logical):
+            q, scales = jnp.asarray(logical.q), jnp.asarray(logical.scales, jnp.float16)
+        else:
+            q, scales = self.round_to_nearest(dense_values(logical).astype(jnp.float32))
+        return Int4Group(w4a16.pack(q), scales)
+
+    def _same_groups(self, logical: GroupedInt4) -> bool:
+        rows = logical.shape[0]
+        return self._groups(rows) == 1 == logical.scales.shape[0] or logical.group_size == self.group_size
+
+    def round_to_nearest(self, values: Float[Array, "K N"]) -> tuple[Array, Array]:
+        """q uint8[K, N] and scales f16[groups, N].
+
+        The entry of largest magnitude in a group is mapped to -8, the only code without a mirror image, so that all
+        sixteen codes are used (ggml's Q4_0 rule); scales may therefore be negative.
+        """
+        rows, columns = values.shape
+        groups = self._groups(rows)
+        size = -(-rows // groups) if self.group_size == -1 else self.group_size
+        grouped = jnp.pad(values, ((0, groups * size - rows), (0, 0))).reshape(groups, size, columns)
+        largest = jnp.argmax(jnp.abs(grouped), axis=1, keepdims=True)
+        scales = (jnp.take_along_axis(grouped, largest, axis=1) / -8).astype(jnp.float16)
+        step = scales.astype(jnp.float32)
+        q = jnp.clip(jnp.round(grouped / jnp.where(step == 0, 1, step)) + 8, 0, 15).astype(jnp.uint8)
+        return q.reshape(groups * size, columns)[:rows], scales[:, 0]
+
+    def unpack(self, weight: Int4Group, shape: tuple[int, int]) -> Float[Array, "K N"]:
+        return GroupedInt4(w4a16.unpack(weight.packed, shape[0]), weight.scales, self.group_size).dense()
+
+    def matmul(self, x: Float[Array, "M K"], weight: Int4Group) -> Float[Array, "S M N"]:
+        return w4a16.matmul_partials(x.astype(self.dtype), weight.packed, weight.scales, group_size=self.group_size)

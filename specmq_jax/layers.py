@@ -1,0 +1,162 @@
+"""The parts of a decoder layer, as Flax modules that never mention a precision.
+
+Linear layers return f32 partial sums [S, M, N]; the kernel that reads them adds them up, so a split product costs no
+launch of its own.
+"""
+
+from typing import Self
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.attention import api as attention_kernels
+from pallas_kernels.mlp import api as mlp_kernels
+from pallas_kernels.norm import api as norm_kernels
+from pallas_kernels.rope import api as rope_kernels
+from specmq_jax.cache import KVCache
+from specmq_jax.config import LlamaConfig
+from specmq_jax.formats import DenseFormat, WeightFormat
+
+MOST_DECODE_ROWS = 64
+"""Up to this many causal rows take the decode kernel, which splits the cache among programs; more fill a GPU as they are."""
+
+
+@flax.struct.dataclass
+class Rows:
+    """What every layer needs to know of the rows it processes.
+
+    Attributes:
+      cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
+      start: i32 scalar; row i is written to cache row start + i.
+      committed: i32 scalar, cache rows that every row sees.
+      mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
+      tail: static, how many rows behind the committed ones the mask speaks of.
+    """
+
+    cos: Float[Array, "M D2"]
+    sin: Float[Array, "M D2"]
+    start: Int32[Array, ""]
+    committed: Int32[Array, ""]
+    mask_words: Int32[Array, "M W"] | None = None
+    tail: int = flax.struct.field(pytree_node=False, default=0)
+
+    @classmethod
+    def behind(cls, config: LlamaConfig, cache: KVCache, offsets: Int32[Array, "M"], mask: Bool[Array, "M C"] | None,
+               *, skip: int = 0) -> Self:
+        """Rows that stand behind the cache's committed ones.
+
+        Args:
+          config: for the rotary table.
+          cache: its length is the first free row.
+          offsets: of each row's position from that length.
+          mask: which of the rows behind the committed ones each row sees; None for causal rows.
+          skip: rows behind the committed ones that hold earlier levels of a tree and stay.
+        """
+        frequencies, scale = config.rope.frequencies(config.head_dim, cache.max_len)
+        angles = (cache.length + offsets).astype(jnp.float32)[:, None] * frequencies
+        if mask is None and len(offsets) <= MOST_DECODE_ROWS:
+            mask = jnp.tri(len(offsets), dtype=bool)
+        words, tail = (None, 0) if mask is None else (attention_kernels.pack_mask(mask), mask.shape[1])
+        return cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=cache.length + skip,
+                   committed=cache.length, mask_words=words, tail=tail)
+
+
+class Linear(nn.Module):
+    """x @ w, without bias."""
+
+    features: int
+    format: WeightFormat
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M K"]) -> Float[Array, "S M N"]:
+        # Flax would trace `init`, quantiser and all, at every use to compare shapes; the formats check those themselves.
+        present = self.has_variable("params", "w")
+        weight = (self.get_variable("params", "w") if present else
+                  self.param("w", self.format.init, (x.shape[-1], self.features)))
+        return self.format.matmul(x, weight)
+
+
+class AddNorm(nn.Module):
+    """Adds a sub-block's output to the residual stream (f32) and normalises it (true RMSNorm)."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None
+                 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+        scale = self.param("scale", nn.initializers.ones_init(), residual.shape[-1:], jnp.float32)
+        return norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps, out_dtype=self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache, which it extends by the rows it is given."""
+
+    config: LlamaConfig
+    format: WeightFormat
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M D"], rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]
+                 ) -> tuple[Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
+        config = self.config
+        qkv = Linear(config.qkv_features, self.format, name="qkv")(x)
+        query, keys, values = rope_kernels.rope_append(
+            qkv, rows.cos, rows.sin, keys, values, rows.start, heads=config.num_heads, kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim)
+        if rows.mask_words is None:
+            mixed = attention_kernels.causal_attention(query, keys, values, rows.committed)
+        else:
+            mixed = attention_kernels.tree_attention(query, keys, values, rows.committed, rows.mask_words, tail=rows.tail)
+        mixed = mixed.reshape(x.shape[0], config.num_heads * config.head_dim)
+        return Linear(config.hidden_size, self.format, name="o")(mixed), keys, values
+
+
+class Mlp(nn.Module):
+    """down(silu(gate) * up)."""
+
+    intermediate_size: int
+    format: WeightFormat
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "S M D"]:
+        gate_up = Linear(2 * self.intermediate_size, self.format, name="gate_up")(x)
+        hidden = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype)
+        return Linear(x.shape[-1], self.format, name="down")(hidden)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind its norm. The MLP's output is returned unadded: the next norm adds it."""
+
+    config: LlamaConfig
+    format: WeightFormat
+
+    @nn.compact
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows,
+                 keys: Float[Array, "L H d"], values: Float[Array, "L H d"]):
+        """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
+        eps, dtype = self.config.rms_norm_eps, self.format.dtype
+        entering, x = AddNorm(eps, dtype, name="attention_norm")(residual, update)
+        update, keys, values = Attention(self.config, self.format, name="attention")(x, rows, keys, values)
+        residual, x = AddNorm(eps, dtype, name="mlp_norm")(entering, update)
+        update = Mlp(self.config.intermediate_size, self.format, name="mlp")(x)
+        return entering, residual, update, keys, values
+
+
+class Embedding(nn.Module):
+    """A table of token vectors, which may also serve as the output projection."""
+
+    vocab_size: int
+    features: int
+    format: DenseFormat
+
+    def setup(self) -> None:
+        self.table = self.param("table", nn.initializers.normal(self.features**-0.5), (self.vocab_size, self.features),
+                                self.format.dtype)
+
+    def __call__(self, tokens: Int32[Array, "M"]) -> Float[Array, "M D"]:
+        return self.table[tokens].astype(jnp.float32)
+
+    def attend(self, x: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        return self.format.transposed_matmul(x, self.table)

@@ -1,0 +1,60 @@
+"""The demo model end to end: Hugging Face's own logits and tokens, and speculation that changes none of them."""
+
+import json
+
+import numpy as np
+import pytest
+from fakes import DATA
+
+import specmq_jax as sm
+
+GOLDEN = json.loads((DATA / "smollm2_135m_greedy.json").read_text())
+NEAR_TIE = 0.01
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def target(demo_directory):
+    return sm.load(demo_directory, expand=True)
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return sm.Decoder(target, config=sm.DecodeConfig(max_len=512))
+
+
+def prompts(count):
+    """Distinct real prompts: the golden ones and continuations cut at different places."""
+    found = [g["input_ids"] for g in GOLDEN]
+    for cut in range(4, 64, 4):
+        found.extend([*g["input_ids"], *g["greedy_ids"][:cut]] for g in GOLDEN)
+    return found[:count]
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: str(g["question_id"]))
+def test_logits_equal_hugging_faces(target, golden):
+    logits = np.asarray(sm.logits(target, golden["input_ids"])[-1])
+    found = np.argsort(-logits, kind="stable")[:10]
+    np.testing.assert_allclose(logits[golden["top_ids"]], golden["top_logits"], atol=0.02)
+    assert found.tolist() == golden["top_ids"]
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: str(g["question_id"]))
+def test_greedy_tokens_equal_hugging_faces_up_to_a_near_tie(plain, golden):
+    expected = golden["greedy_ids"]
+    ties = [i for i, gap in enumerate(golden["top2_gap"][:len(expected)]) if gap < NEAR_TIE]
+    sure = ties[0] if ties else len(expected)
+    found = plain.generate(golden["input_ids"], len(expected)).tokens.tolist()
+    assert found[:sure] == expected[:sure]
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_a_low_bit_copy_drafts_and_changes_no_token(target, plain, length):
+    decoder = sm.Decoder(target, sm.ChainDrafter(target.with_precision("w4a16-g64"), length), sm.DecodeConfig(max_len=512))
+    lengths = []
+    for prompt in prompts(20):
+        expected, found = plain.generate(prompt, 24), decoder.generate(prompt, 24)
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        lengths.extend(found.accept_lengths)
+    assert np.mean(lengths) > 1.3
