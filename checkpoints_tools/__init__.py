@@ -1,0 +1,1 @@
+"""Conversion, quantisation and inspection of checkpoints."""

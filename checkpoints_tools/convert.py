@@ -1,0 +1,164 @@
+"""Makes a native checkpoint: python -m checkpoints_tools.convert SRC DST [--precision=NAME]
+
+SRC is a Hugging Face directory, a GPTQ v1 directory, a GGUF file, a native checkpoint, or a name on the Hugging Face hub.
+Without --precision the checkpoint keeps the source's precision; GGUF's quantised types become fp16.
+"""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from checkpoints_tools.readers import Reader, open_source
+from specmq_jax import errors, formats
+from specmq_jax.checkpoint import (
+    CheckpointWriter,
+    Formats,
+    cache_directory,
+    check_destination,
+    is_native,
+    parameter_shapes,
+)
+from specmq_jax.errors import UserError
+from specmq_jax.formats import DenseFormat, GroupedInt4, Logical, Weight, WeightFormat
+
+
+def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None) -> pathlib.Path:
+    """Writes `source` as a native checkpoint named `destination`, which it returns.
+
+    Args:
+      source: anything `readers.open_source` opens.
+      destination: must not exist, or be an empty directory.
+      precision: of the layers' linear weights, by round-to-nearest; None keeps the source's.
+
+    Raises:
+      UserError: what the reader finds wrong, an unknown precision, or a destination that is taken.
+    """
+    wanted = formats.get(precision) if precision else None
+    destination = pathlib.Path(destination)
+    check_destination(destination)
+    reader = open_source(source)
+    if reader.kind == "native" and wanted in (None, reader.formats.linear):
+        raise UserError(f"{source} is a native checkpoint of precision {reader.formats.linear.name} already; "
+                        "--precision=NAME makes another")
+    return write(reader, destination, target_formats(reader.formats, wanted))
+
+
+def prepare(source: str | pathlib.Path) -> pathlib.Path:
+    """The native checkpoint of `source`, converted into the cache directory on first use.
+
+    The name there follows from the source's path and its files' sizes and times, so a changed source is converted again.
+    """
+    if is_native(source):
+        return pathlib.Path(source)
+    reader = open_source(source)
+    if reader.kind == "native":
+        return reader.location
+    key = hashlib.sha256(str(reader.location.resolve()).encode())
+    for file in (*reader.files, reader.location / "config.json"):
+        if file.exists():
+            key.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    name = reader.location.resolve().stem if reader.location.is_file() else pathlib.Path(str(source)).resolve().name
+    destination = cache_directory() / "converted" / f"{name}-{key.hexdigest()[:12]}"
+    return write_once(reader, destination)
+
+
+def write_once(reader: Reader, destination: pathlib.Path, *, origin: str | None = None) -> pathlib.Path:
+    """`write` in the source's formats, unless `destination` is there already or another process is quicker."""
+    if is_native(destination):
+        return destination
+    try:
+        return write(reader, destination, reader.formats, origin=origin)
+    except UserError:
+        if is_native(destination):
+            return destination
+        raise
+
+
+def target_formats(source: Formats, linear: WeightFormat | None) -> Formats:
+    """The formats of a conversion to `linear`.
+
+    A dense precision is that of all parts. Beside quantised linear weights, embedding and lm_head stay as they are, but
+    for fp32, which becomes the fp16 of the activations.
+    """
+    if linear is None:
+        return source
+    if isinstance(linear, DenseFormat):
+        return Formats(linear=linear, head=linear, embed=linear)
+    fp32, fp16 = DenseFormat(kind="fp32"), DenseFormat(kind="fp16")
+    head, embed = (fp16 if part == fp32 else part for part in (source.head, source.embed))
+    return Formats(linear=linear, head=head, embed=embed)
+
+
+def write(reader: Reader, destination: pathlib.Path, target: Formats, *, origin: str | None = None) -> pathlib.Path:
+    """Writes what `reader` reads, one weight at a time, in the formats `target`; shows progress on stderr.
+
+    `origin` is noted as the source's path where the reader's own is a passing one.
+    """
+    source = {"kind": reader.kind, "name": reader.location.name, "path": origin or str(reader.location.absolute())}
+    shapes = parameter_shapes(reader.llama)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with (Progress(*columns, console=Console(stderr=True)) as progress,
+          CheckpointWriter(destination, config=reader.config, formats=target, source=source) as writer):
+        task = progress.add_task(f"{reader.location.name} to {target.linear.name}", total=len(shapes))
+        reader.save_tokenizer(writer.directory)
+        for path in shapes:
+            writer.add(path, pack(path, reader.read(path), target))
+            progress.advance(task)
+        writer.add_digests(reader.digests())
+    return destination
+
+
+def pack(path: str, logical: Logical, target: Formats) -> Weight:
+    """The weight for a path of `parameter_shapes` in its format there; values it can't hold are a `UserError`."""
+    if path == "embed/table":
+        weight = np.asarray(logical).astype(target.embed.dtype)
+    elif path.endswith("/scale"):
+        weight = np.asarray(logical).astype(np.float32)
+    elif isinstance(logical, GroupedInt4):
+        weight = target.of(path).pack(logical)
+    else:
+        weight = _pack_values(logical, target.of(path))
+    weight = jax.device_get(weight)
+    for leaf in jax.tree.leaves(weight):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
+            _explain_infinity(path, logical, leaf.dtype)
+    return weight
+
+
+@functools.partial(jax.jit, static_argnames="target")
+def _pack_values(values: Float[Array, "K N"], target: WeightFormat) -> Weight:
+    return target.pack(values)
+
+
+def _explain_infinity(path: str, logical: Logical, dtype: np.dtype) -> None:
+    if jnp.isfinite(formats.dense_values(logical)).all():
+        raise UserError(f"tensor {path} holds values beyond the range of {dtype}; choose --precision=bf16 or fp32")
+    raise UserError(f"tensor {path} holds values that are not finite: the checkpoint is damaged")
+
+
+def arguments(argv: Sequence[str], usage: str, count: int) -> list[str]:
+    """The `count` positional arguments of a command, else a `UserError` that shows its usage."""
+    given = list(argv[1:])
+    if len(given) != count:
+        raise UserError(f"expected {count} argument{'s' * (count > 1)}, found {len(given)}; usage: {usage}")
+    return given
+
+
+def main(argv: Sequence[str]) -> None:
+    source, destination = arguments(argv, "python -m checkpoints_tools.convert SRC DST [--precision=NAME]", 2)
+    print(convert(source, destination, flags.FLAGS.precision))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("precision", None, "Precision of the layers' linear weights, made by round-to-nearest; one of "
+                        f"{', '.join(formats.names())}. Default: the source's.")
+    errors.run(main)

@@ -1,0 +1,137 @@
+"""What every reader gives: a configuration, a tokenizer, and logical weights one at a time."""
+
+import abc
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from specmq_jax.checkpoint import Formats, parameter_shapes
+from specmq_jax.config import LlamaConfig
+from specmq_jax.formats import GroupedInt4, Logical
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a file holds one module's weight: the name of its type there, and its bytes."""
+
+    type: str
+    nbytes: int
+
+
+class Reader(abc.ABC):
+    """A checkpoint whose headers have been found sound.
+
+    Attributes:
+      kind: what it is, in words.
+      location: directory or file.
+      config: as config.json of a native checkpoint will hold it.
+      llama: `config`, parsed.
+      formats: nearest to what the files hold.
+      stored: how each module is held, by the name it has there.
+      files: that hold the weights.
+      tokenizer: what kind there is, in words; None without one.
+    """
+
+    kind: str
+    location: pathlib.Path
+    config: dict[str, Any]
+    llama: LlamaConfig
+    formats: Formats
+    stored: Mapping[str, Stored]
+    files: Sequence[pathlib.Path]
+    tokenizer: str | None
+
+    @abc.abstractmethod
+    def read(self, path: str) -> Logical:
+        """The logical weight at a path of `checkpoint.parameter_shapes`."""
+
+    @abc.abstractmethod
+    def save_tokenizer(self, directory: pathlib.Path) -> None:
+        """Puts tokenizer files and generation_config.json, as far as there are any, into `directory`."""
+
+    def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+        """SHA-256 of the files by name; `advance` is told of the bytes read."""
+        return {path.name: sha256(path, advance) for path in self.files}
+
+
+class ModuleReader(Reader):
+    """A reader of files that hold Hugging Face's modules, q, k, v and gate, up each for itself or fused."""
+
+    def _locate(self) -> None:
+        """Finds and checks every module from the headers alone."""
+        self._modules: dict[str, tuple[str, ...]] = {}
+        stored = {}
+        for path, shape in parameter_shapes(self.llama).items():
+            modules = module_shapes(self.llama, path, shape, self._holds)
+            stored |= {module: self._check(module, expected) for module, expected in modules.items()}
+            self._modules[path] = tuple(modules)
+        self.stored = stored
+
+    def read(self, path: str) -> Logical:
+        parts = [self._read_module(module) for module in self._modules[path]]
+        return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+    @abc.abstractmethod
+    def _holds(self, module: str) -> bool:
+        """Whether the files hold a module of that Hugging Face name."""
+
+    @abc.abstractmethod
+    def _check(self, module: str, shape: Shape) -> Stored:
+        """Checks a module against its logical shape; raises a `UserError` that names what is missing or wrong."""
+
+    @abc.abstractmethod
+    def _read_module(self, module: str) -> Logical:
+        """A module's logical weight."""
+
+
+_LAYER_MODULES = {
+    "attention_norm/scale": "input_layernorm",
+    "attention/o/w": "self_attn.o_proj",
+    "mlp_norm/scale": "post_attention_layernorm",
+    "mlp/down/w": "mlp.down_proj",
+}
+_OTHER_MODULES = {"embed/table": "model.embed_tokens", "norm/scale": "model.norm", "lm_head/w": "lm_head"}
+
+
+def module_shapes(config: LlamaConfig, path: str, shape: Shape, holds: Callable[[str], bool]) -> dict[str, Shape]:
+    """Hugging Face's modules, with logical shapes, that make up a path of `parameter_shapes`."""
+    if path in _OTHER_MODULES:
+        return {_OTHER_MODULES[path]: shape}
+    layer, _, part = path.partition("/")
+    prefix = f"model.layers.{layer.removeprefix('layers_')}."
+    if part in _LAYER_MODULES:
+        return {prefix + _LAYER_MODULES[part]: shape}
+    kv_features = config.num_kv_heads * config.head_dim
+    if part == "attention/qkv/w":
+        fused = "self_attn.qkv_proj"
+        features = {"self_attn.q_proj": config.num_heads * config.head_dim, "self_attn.k_proj": kv_features,
+                    "self_attn.v_proj": kv_features}
+    else:
+        fused = "mlp.gate_up_proj"
+        features = {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size}
+    if holds(prefix + fused):
+        return {prefix + fused: shape}
+    return {prefix + name: (shape[0], width) for name, width in features.items()}
+
+
+def _concatenate(parts: Sequence[Logical]) -> Logical:
+    if isinstance(parts[0], GroupedInt4):
+        return GroupedInt4(np.concatenate([part.q for part in parts], axis=1),
+                           np.concatenate([part.scales for part in parts], axis=1), parts[0].group_size)
+    return np.concatenate(parts, axis=1)
+
+
+def sha256(path: pathlib.Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Hugging Face directories: config.json, safetensors, tokenizer files."""
+
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable
+
+import numpy as np
+
+from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
+from checkpoints_tools.readers.safetensors_files import SafetensorsFiles
+from specmq_jax.checkpoint import Formats
+from specmq_jax.config import LlamaConfig, read_json
+from specmq_jax.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+                   "generation_config.json")
+_PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_GENERATED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
+
+
+class HuggingFaceReader(ModuleReader):
+    """A directory as transformers' `save_pretrained` writes it, in fp32, fp16 or bf16.
+
+    Raises:
+      UserError: an unsupported architecture; a file or tensor that is missing, truncated, unknown or misshapen.
+    """
+
+    kind = "Hugging Face"
+
+    def __init__(self, directory: pathlib.Path):
+        self.location = directory
+        config = read_json(directory / "config.json")
+        self.config = {key: value for key, value in config.items() if key != "quantization_config"}
+        self.llama = LlamaConfig.from_hf(config)
+        self._tensors = SafetensorsFiles(directory)
+        self.files = self._tensors.files
+        self.tokenizer = find_tokenizer(directory)
+        self._expected: set[str] = set()
+        self._locate()
+        self._refuse_unknown_tensors()
+        self.formats = self._find_formats()
+
+    def save_tokenizer(self, directory: pathlib.Path) -> None:
+        copy_tokenizer(self.location, directory)
+
+    def _find_formats(self) -> Formats:
+        embed = dense_precision([self.stored["model.embed_tokens"].type])
+        head = self.stored.get("lm_head")
+        linears = (stored.type for module, stored in self.stored.items() if module.endswith("_proj"))
+        return Formats.named({"linear": dense_precision(linears), "embed": embed,
+                              "head": dense_precision([head.type]) if head else embed})
+
+    def _holds(self, module: str) -> bool:
+        return f"{module}.weight" in self._tensors.headers
+
+    def _check(self, module: str, shape: Shape) -> Stored:
+        stored_shape = shape if is_unturned(module, shape) else shape[::-1]
+        header = self._tensors.header(f"{module}.weight", stored_shape, tuple(_PRECISIONS))
+        self._expected.add(f"{module}.weight")
+        return Stored(header.type, header.nbytes)
+
+    def _read_module(self, module: str) -> np.ndarray:
+        values = self._tensors.read(f"{module}.weight")
+        return values if is_unturned(module, values.shape) else values.T
+
+    def _refuse_unknown_tensors(self) -> None:
+        for name in self._tensors.headers.keys() - self._expected:
+            if name == "lm_head.weight" or _GENERATED.search(name):
+                continue
+            raise UserError(f"{self.location} holds the tensor {name}, which a Llama model of "
+                            f"{self.llama.num_layers} layers does not use")
+
+
+def is_unturned(module: str, shape: Shape) -> bool:
+    """Whether a file holds the module as its logical weight; linear layers are held as [out, in]."""
+    return len(shape) == 1 or module == "model.embed_tokens"
+
+
+def dense_precision(types: Iterable[str]) -> str:
+    """The precision that holds tensors of these safetensors types without loss."""
+    found = {_PRECISIONS[name] for name in types}
+    return found.pop() if len(found) == 1 else "fp32"
+
+
+def find_tokenizer(directory: pathlib.Path) -> str | None:
+    """The name of the file that holds the directory's tokenizer, None without one."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return next((name for name in names if (directory / name).is_file()), None)
+
+
+def copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
+    """Copies the tokenizer files and generation_config.json that `source` has."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)

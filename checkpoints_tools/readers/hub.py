@@ -1,0 +1,37 @@
+"""Checkpoints named as on the Hugging Face hub."""
+
+import pathlib
+import re
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from checkpoints_tools.readers.hf import TOKENIZER_FILES
+from specmq_jax.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ["config.json", "quantize_config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether `source` has the form organisation/name."""
+    return _NAME.fullmatch(source) is not None
+
+
+def download(name: str) -> pathlib.Path:
+    """The directory of a hub repository's files, from the hub's own cache where they are there already.
+
+    Raises:
+      UserError: no such repository, no access to it, or no network.
+    """
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+    except errors.GatedRepoError:
+        raise UserError(f"{name} on the Hugging Face hub asks for consent; accept its terms there and log in with "
+                        "`hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{name} is neither a local path nor a repository on the Hugging Face hub") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} is no local path, and the Hugging Face hub could not be reached ({reason[:120]}); give "
+                        "a local directory or GGUF file") from None

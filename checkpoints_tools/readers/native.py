@@ -1,0 +1,49 @@
+"""Native checkpoints, as a source for another precision."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from checkpoints_tools.readers.base import Reader, Stored
+from checkpoints_tools.readers.hf import copy_tokenizer, find_tokenizer
+from specmq_jax.checkpoint import CheckpointReader
+from specmq_jax.config import read_json
+from specmq_jax.formats import Logical
+
+
+class NativeReader(Reader):
+    """A directory that `CheckpointWriter` wrote; its errors are `CheckpointReader`'s."""
+
+    kind = "native"
+
+    def __init__(self, directory: pathlib.Path):
+        self.location = directory
+        self._checkpoint = CheckpointReader(directory)
+        self.config = read_json(directory / "config.json")
+        self.llama = self._checkpoint.config
+        self.formats = self._checkpoint.formats
+        self.files = [directory / name for name in self._checkpoint.metadata["files"]]
+        self.tokenizer = find_tokenizer(directory)
+        self.stored = {path: self._stored(path, shape) for path, shape in self._checkpoint.shapes.items()}
+
+    def read(self, path: str) -> Logical:
+        weight = self._checkpoint.read(path)
+        if isinstance(weight, jax.Array):
+            return np.asarray(weight)
+        return self.formats.of(path).unpack(weight, self._checkpoint.shapes[path])
+
+    def save_tokenizer(self, directory: pathlib.Path) -> None:
+        copy_tokenizer(self.location, directory)
+
+    def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+        """Those of the files that the native checkpoint itself was made from."""
+        return dict(self._checkpoint.metadata.get("sha256", {}))
+
+    def _stored(self, path: str, shape: tuple[int, ...]) -> Stored:
+        leaves = jax.tree.leaves(self.formats.abstract(path, shape))
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        if path == "embed/table":
+            return Stored(self.formats.embed.name, nbytes)
+        return Stored("fp32" if path.endswith("/scale") else self.formats.of(path).name, nbytes)

@@ -1,0 +1,404 @@
+"""The native checkpoint: a directory with config.json, tokenizer files, specmq.json and an Orbax tree in shards."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import platformdirs
+
+from specmq_jax import formats
+from specmq_jax.config import LlamaConfig, read_json
+from specmq_jax.errors import UserError
+from specmq_jax.formats import DenseFormat, Weight, WeightFormat
+
+METADATA_FILE = "specmq.json"
+FORMAT_VERSION = 1
+SHARD_BYTES = 128 << 20
+_BLOCK_BYTES = 8 << 20
+
+Params = Any
+
+
+def cache_directory() -> pathlib.Path:
+    """Where downloads and converted models are kept: $SPECMQ_CACHE, else the platform's cache folder."""
+    return pathlib.Path(os.environ.get("SPECMQ_CACHE") or platformdirs.user_cache_dir("specmq_jax"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Formats:
+    """The formats of a model's parts: `linear` of the layers' weights, `head` of lm_head, `embed` of the table."""
+
+    linear: WeightFormat
+    head: WeightFormat
+    embed: DenseFormat
+
+    @classmethod
+    def named(cls, names: Mapping[str, str]) -> Self:
+        """The formats of {"linear": name, "head": name, "embed": name}."""
+        found = {field.name: formats.get(names[field.name]) for field in dataclasses.fields(cls)}
+        if not isinstance(found["embed"], DenseFormat):
+            raise UserError(f"the embedding table can't be stored as {found['embed'].name}; it must be dense")
+        return cls(**found)
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {field.name: getattr(self, field.name).name for field in dataclasses.fields(self)}
+
+    def abstract(self, path: str, shape: tuple[int, ...]) -> Weight:
+        """What is stored at a path of `parameter_shapes`, with `jax.ShapeDtypeStruct` leaves."""
+        if path == "embed/table":
+            return jax.ShapeDtypeStruct(shape, self.embed.dtype)
+        if path.endswith("/scale"):
+            return jax.ShapeDtypeStruct(shape, np.float32)
+        return self.of(path).abstract(shape)
+
+    def of(self, path: str) -> WeightFormat:
+        """The format of the linear weight at a path."""
+        return self.head if path == "lm_head/w" else self.linear
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Logical shapes by path in the order of the forward pass: [in, out] of linear weights, [V, D] of the table."""
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed/table": (config.vocab_size, hidden)}
+    for i in range(config.num_layers):
+        shapes |= {
+            f"layers_{i}/attention_norm/scale": (hidden,),
+            f"layers_{i}/attention/qkv/w": (hidden, config.qkv_features),
+            f"layers_{i}/attention/o/w": (heads, hidden),
+            f"layers_{i}/mlp_norm/scale": (hidden,),
+            f"layers_{i}/mlp/gate_up/w": (hidden, 2 * config.intermediate_size),
+            f"layers_{i}/mlp/down/w": (config.intermediate_size, hidden),
+        }
+    shapes["norm/scale"] = (hidden,)
+    if not config.tie_embeddings:
+        shapes["lm_head/w"] = (hidden, config.vocab_size)
+    return shapes
+
+
+def is_native(directory: str | pathlib.Path) -> bool:
+    """Whether `directory` is a native checkpoint, sound or not."""
+    return (pathlib.Path(directory) / METADATA_FILE).is_file()
+
+
+def read_metadata(directory: str | pathlib.Path) -> dict[str, Any]:
+    """Parses specmq.json: format_version, tool_version, formats, source, sha256 of the inputs, shards, files.
+
+    Raises:
+      UserError: the file is absent, malformed, or of a later version than this program reads.
+    """
+    path = pathlib.Path(directory) / METADATA_FILE
+    if not path.exists():
+        raise UserError(f"{directory} is not a native checkpoint: it has no {METADATA_FILE}; make one with "
+                        "python -m checkpoints_tools.convert SRC DST")
+    metadata = read_json(path)
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {metadata.get('format_version')!r}; this program reads "
+                        f"{FORMAT_VERSION}; convert the model again")
+    for key, kind in (("formats", dict), ("shards", int), ("files", dict)):
+        if not isinstance(metadata.get(key), kind):
+            raise UserError(f"{path} lacks {key!r}; convert the model again")
+    for part in ("linear", "head", "embed"):
+        if not isinstance(metadata["formats"].get(part), str):
+            raise UserError(f"{path} lacks the precision of {part!r}; convert the model again")
+    return metadata
+
+
+class CheckpointReader:
+    """Reads a native checkpoint's tensors, all or one at a time.
+
+    Opening checks every file's size and checksum, and every tensor's shape and dtype against config.json.
+
+    Raises:
+      UserError: a file or tensor that is missing, truncated, damaged or of another shape.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        self.directory = pathlib.Path(directory)
+        self.metadata = read_metadata(self.directory)
+        self.config = LlamaConfig.from_directory(self.directory)
+        self.formats = Formats.named(self.metadata["formats"])
+        self.shapes = parameter_shapes(self.config)
+        self._checkpointer = _checkpointer()
+        self._check_files()
+        stored = self._stored_leaves()
+        self._shard_of = {name: shard for name, (shard, _) in stored.items()}
+        self._check_leaves({name: leaf for name, (_, leaf) in stored.items()})
+
+    def restore(self, device: jax.Device | None = None) -> Params:
+        """All parameters as Flax variables on `device`, by default JAX's default device."""
+        found = self._read(list(self.shapes), device)
+        tree: dict[str, Any] = {}
+        for path, weight in found.items():
+            _put(tree, path, weight)
+        return {"params": tree}
+
+    def read(self, path: str, device: jax.Device | None = None) -> Weight:
+        """The weight at one path of `parameter_shapes`."""
+        return self._read([path], device)[path]
+
+    def _read(self, paths: list[str], device: jax.Device | None) -> dict[str, Weight]:
+        abstract = {path: self.formats.abstract(path, self.shapes[path]) for path in paths}
+        wanted = {name: leaf for path in paths for name, leaf in _named_leaves(path, abstract[path])}
+        sharding = jax.sharding.SingleDeviceSharding(device or _default_device())
+        leaves: dict[str, jax.Array] = {}
+        for shard in sorted({self._shard_of[name] for name in wanted}):
+            names = [name for name in wanted if self._shard_of[name] == shard]
+            leaves |= self._restore_shard(shard, {name: wanted[name] for name in names}, sharding)
+        result = {}
+        for path in paths:
+            names = [name for name, _ in _named_leaves(path, abstract[path])]
+            result[path] = jax.tree.unflatten(jax.tree.structure(abstract[path]), [leaves[name] for name in names])
+        return result
+
+    def _restore_shard(self, shard: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct],
+                       sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+        item: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
+        for name, leaf in wanted.items():
+            _put(item, name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+            _put(arguments, name, ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding,
+                                                       global_shape=leaf.shape, dtype=leaf.dtype))
+        with _reported(shard), _quiet():
+            tree = self._checkpointer.restore(shard.absolute(), args=ocp.args.PyTreeRestore(
+                item, restore_args=arguments, partial_restore=True))
+        return dict(_named_leaves("", tree))
+
+    def _check_files(self) -> None:
+        expected = self.metadata["files"]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for _ in pool.map(self._check_file, expected, expected.values()):
+                pass
+
+    def _check_file(self, name: str, expected: list[int]) -> None:
+        path, (size, checksum) = self.directory / name, expected
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise UserError(f"{path} has {found} bytes, expected {size}: the checkpoint is truncated or damaged; "
+                                "convert the model again")
+            if _checksum(path) != checksum:
+                raise UserError(f"{path} is damaged: its checksum differs from specmq.json's; convert the model again")
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; convert the model again") from None
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from None
+
+    def _stored_leaves(self) -> dict[str, tuple[pathlib.Path, Any]]:
+        stored = {}
+        for i in range(self.metadata["shards"]):
+            shard = self.directory / "weights" / f"shard_{i:03}"
+            if not shard.is_dir():
+                raise UserError(f"{shard} is missing; convert the model again")
+            with _reported(shard), _quiet():
+                tree = self._checkpointer.metadata(shard.absolute()).item_metadata.tree
+            stored |= {name: (shard, leaf) for name, leaf in _named_leaves("", tree)}
+        return stored
+
+    def _check_leaves(self, stored: Mapping[str, Any]) -> None:
+        for path, shape in self.shapes.items():
+            for name, expected in _named_leaves(path, self.formats.abstract(path, shape)):
+                if name not in stored:
+                    raise UserError(f"{self.directory} lacks the tensor {name}, which config.json asks for; convert the "
+                                    "model again")
+                found = stored[name]
+                if tuple(found.shape) != expected.shape or np.dtype(found.dtype) != expected.dtype:
+                    raise UserError(f"tensor {name} of {self.directory} is {found.dtype}{list(found.shape)}; "
+                                    f"config.json and specmq.json expect {expected.dtype}{list(expected.shape)}")
+
+
+def restore(directory: str | pathlib.Path, *, device: jax.Device | None = None) -> Params:
+    """Restores a native checkpoint's parameters straight to `device`; see `CheckpointReader` for the errors."""
+    return CheckpointReader(directory).restore(device)
+
+
+class CheckpointWriter:
+    """Writes a native checkpoint one weight at a time; a context manager.
+
+    Everything is written beside the destination and renamed when the context ends well; when it ends with an error or
+    Ctrl-C, nothing is left behind.
+
+    Attributes:
+      directory: the temporary directory; tokenizer files may be put there.
+    """
+
+    directory: pathlib.Path
+
+    def __init__(self, destination: str | pathlib.Path, *, config: Mapping[str, Any], formats: Formats,
+                 source: Mapping[str, Any], shard_bytes: int = SHARD_BYTES):
+        """
+        Args:
+          destination: must not exist, or be an empty directory.
+          config: contents of config.json.
+          formats: that the weights given to `add` are in.
+          source: what the model was made from, for specmq.json.
+          shard_bytes: pending weights are written out once they pass this many bytes.
+        """
+        self.destination = pathlib.Path(destination)
+        self._config, self._formats, self._source = dict(config), formats, dict(source)
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, Any] = {}
+        self._pending_bytes = 0
+        self._shards = 0
+        self._sha256: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        check_destination(self.destination)
+        parent = self.destination.absolute().parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self.directory = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", suffix=".partial",
+                                                           dir=parent))
+            self.directory.chmod(0o755)
+        except OSError as error:
+            raise UserError(f"{parent} can't be written to: {error.strerror}") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as failure:
+            raise UserError(f"{self.destination} can't be written: {failure.strerror or failure}") from None
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise UserError(f"{self.destination} can't be written: {error.strerror}") from None
+
+    def add(self, path: str, weight: Weight) -> None:
+        """Takes the weight for a path of `parameter_shapes`, in the format that the writer was given."""
+        for name, leaf in _named_leaves(path, weight):
+            array = np.asarray(leaf)
+            _put(self._pending, name, array)
+            self._pending_bytes += array.nbytes
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
+
+    def add_digests(self, digests: Mapping[str, str]) -> None:
+        """Records the SHA-256 of input files by name."""
+        self._sha256 |= digests
+
+    def _flush(self) -> None:
+        shard = self.directory / "weights" / f"shard_{self._shards:03}"
+        shard.parent.mkdir(exist_ok=True)
+        with _quiet():
+            _checkpointer().save(shard, args=ocp.args.PyTreeSave(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+        self._shards += 1
+
+    def _finish(self) -> None:
+        if self._pending:
+            self._flush()
+        files = sorted(path for path in (self.directory / "weights").rglob("*") if path.is_file())
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "tool_version": _tool_version(),
+            "formats": self._formats.names,
+            "source": self._source,
+            "sha256": self._sha256,
+            "shards": self._shards,
+            "files": {path.relative_to(self.directory).as_posix(): [path.stat().st_size, _checksum(path)]
+                      for path in files},
+        }
+        config = {key: value for key, value in self._config.items() if key != "quantization_config"}
+        write_json(self.directory / "config.json", config)
+        write_json(self.directory / METADATA_FILE, metadata)
+        check_destination(self.destination)
+        self.directory.rename(self.destination.absolute())
+
+
+_DISK_ERRORS = (28, 30, 122)
+"""ENOSPC, EROFS, EDQUOT."""
+
+
+def check_destination(destination: pathlib.Path) -> None:
+    """Raises a `UserError` where a checkpoint can't be put under that name."""
+    if destination.is_dir():
+        if any(destination.iterdir()):
+            raise UserError(f"{destination} exists and is not empty; choose another name or remove it")
+    elif destination.exists():
+        raise UserError(f"{destination} exists and is not a directory; choose another name")
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _named_leaves(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves with names such as layers_0/attention/qkv/w/packed, whether nodes are dicts or format dataclasses."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
+        yield "/".join([path, *parts] if path else parts), leaf
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    with _quiet():
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _checksum(path: pathlib.Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.local_devices()[0]
+
+
+def _tool_version() -> str:
+    try:
+        return importlib.metadata.version("specmq-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "uninstalled"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's log lines and warnings, which name no mistake of the user's, off the terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _reported(shard: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise over an unreadable shard into one line."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{shard} can't be read ({lines[0][:160]}); convert the model again") from None
