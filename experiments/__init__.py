@@ -1,0 +1,1 @@
+"""Benchmarks: prompts in, JSONL answers, tables and plots out."""

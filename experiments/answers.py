@@ -1,0 +1,216 @@
+"""Answer files: one JSON object a question, appended line by line, with the settings that made them beside."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import specmq_jax as sm
+from experiments.questions import Question
+from specmq_jax import metrics
+from specmq_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a report needs of one line of an answer file.
+
+    Attributes:
+      question_id, category: of the question.
+      prompt_tokens: of each turn; empty in files of other programs.
+      token_ids: of each turn's answer; empty in files of other programs.
+      new_tokens: of each turn, the first and a stop token counted.
+      wall_time: seconds of each turn's decode loop.
+      prefill_time: seconds of each turn's prefill; empty in files of other programs.
+      accept_lengths: of all rounds of all turns.
+      cut: why turns are missing, None where none is.
+    """
+
+    question_id: int | str
+    category: str
+    prompt_tokens: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    new_tokens: tuple[int, ...]
+    wall_time: tuple[float, ...]
+    prefill_time: tuple[float, ...]
+    accept_lengths: tuple[int, ...]
+    cut: str | None
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return metrics.speed(self.new_tokens, self.wall_time)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One decoded turn: its prompt's length, what came of it, and the text it spells."""
+
+    prompt_tokens: int
+    generation: sm.Generation
+    text: str
+
+
+def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str | None) -> dict[str, Any]:
+    """The JSON object of one question; each list has one entry a turn, but for accept_lengths, which joins them."""
+    made = [turn.generation for turn in turns]
+    new_tokens = [len(g.tokens) for g in made]
+    choice = {
+        "index": 0,
+        "turns": [turn.text for turn in turns],
+        "token_ids": [[int(token) for token in g.tokens] for g in made],
+        "prompt_tokens": [turn.prompt_tokens for turn in turns],
+        "decoding_steps": [len(g.accept_lengths) for g in made],
+        "new_tokens": new_tokens,
+        "wall_time": [g.seconds for g in made],
+        "accept_lengths": [int(length) for g in made for length in g.accept_lengths],
+        "generate_speed": [count / g.seconds for count, g in zip(new_tokens, made, strict=True)],
+        "prefill_time": [g.prefill_seconds for g in made],
+        "draft_prefill_time": [g.draft_prefill_seconds for g in made],
+        "cut": cut,
+    }
+    return {"question_id": question.id, "category": question.category, "answer_id": uuid.uuid4().hex,
+            "model_id": model_id, "tstamp": time.time(), "choices": [choice]}
+
+
+def read(path: pathlib.Path) -> list[Answer]:
+    """All answers of a finished file, SpecMQuant's own included.
+
+    Raises:
+      UserError: the file can't be read, is empty, or a line is malformed (its number and fault are named).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the answer file {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    found = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise UserError(f"the answer file {path} holds no answers")
+    return found
+
+
+def check_directory(directory: pathlib.Path) -> None:
+    """Makes the directory where needed; one that can't be written to is a `UserError`."""
+    probe = directory / f".{uuid.uuid4().hex}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the output directory {directory} can't be written to: {error.strerror}; choose another with "
+                        "--output_dir") from None
+
+
+class AnswerFile:
+    """An answer file that a run appends to, and its sidecar `<name>.settings.json`.
+
+    The sidecar holds the settings, compared before a run goes on, and what was measured once a method was done.
+    """
+
+    def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Changes nothing on the disk, but drops a last line that a killed run left unfinished.
+
+        Args:
+          path: the JSONL file.
+          settings: what decides the answers and their times; JSON values.
+          resume: keep the answers found there; else `start` removes them.
+
+        Raises:
+          UserError: the answers found there were made with other settings, or can't be read.
+        """
+        self.path = path
+        self.sidecar = path.with_suffix(".settings.json")
+        self.settings = dict(settings)
+        self.measured: dict[str, Any] | None = None
+        self.found: list[Answer] = []
+        if resume and path.exists():
+            _drop_unfinished_line(path)
+            self.found = read(path) if path.stat().st_size else []
+        if self.found:
+            self._check_settings()
+
+    @property
+    def answered(self) -> set[int | str]:
+        """Ids of the questions answered."""
+        return {answer.question_id for answer in self.found}
+
+    def start(self) -> None:
+        """Makes ready for `append`: answers that are not to be kept go, and the settings are written."""
+        if not self.found:
+            with _writing(self.path):
+                self.path.write_bytes(b"")
+            self._write_sidecar()
+
+    def append(self, answer: Mapping[str, Any]) -> Answer:
+        """Writes one answer to the disk and returns it as read."""
+        line = json.dumps(answer, ensure_ascii=False)
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.found.append(_parse(line, str(self.path)))
+        return self.found[-1]
+
+    def finish(self, measured: Mapping[str, Any]) -> None:
+        """Keeps what was measured beside the answers."""
+        self.measured = dict(measured)
+        self._write_sidecar()
+
+    def _check_settings(self) -> None:
+        way_out = "give another --output_dir, or --noresume to replace them"
+        try:
+            kept = json.loads(self.sidecar.read_text(encoding="utf-8"))
+            before, self.measured = kept["settings"], kept["measured"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} holds answers, and {self.sidecar.name}, which tells how they were made, is "
+                            f"missing or damaged; {way_out}") from None
+        changes = [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
+                   for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
+        if changes:
+            raise UserError(f"{self.path} holds answers made with other settings ({'; '.join(changes)}); {way_out}")
+
+    def _write_sidecar(self) -> None:
+        partial = self.sidecar.with_name(self.sidecar.name + ".part")
+        with _writing(self.sidecar):
+            partial.write_text(json.dumps({"settings": self.settings, "measured": self.measured}, indent=2) + "\n",
+                               encoding="utf-8")
+            partial.replace(self.sidecar)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}; the answers it holds are kept, and the same command "
+                        "goes on behind them") from None
+
+
+def _drop_unfinished_line(path: pathlib.Path) -> None:
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with _writing(path):
+            os.truncate(path, whole)
+
+
+def _parse(line: str, place: str) -> Answer:
+    try:
+        found = json.loads(line)
+        choice = found["choices"][0]
+        answer = Answer(
+            question_id=found["question_id"], category=found["category"],
+            prompt_tokens=tuple(choice.get("prompt_tokens", ())),
+            token_ids=tuple(tuple(ids) for ids in choice.get("token_ids", ())), new_tokens=tuple(choice["new_tokens"]),
+            wall_time=tuple(choice["wall_time"]), prefill_time=tuple(choice.get("prefill_time", ())),
+            accept_lengths=tuple(choice["accept_lengths"]), cut=choice.get("cut"))
+    except KeyError as error:
+        raise UserError(f"{place}: no answer of this format, {error.args[0]!r} is missing") from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{place}: no answer of this format ({error})") from None
+    if not answer.new_tokens or len(answer.new_tokens) != len(answer.wall_time) or not sum(answer.wall_time) > 0:
+        raise UserError(f"{place}: new_tokens and wall_time need one entry a turn, and time must have passed")
+    return answer

@@ -1,0 +1,138 @@
+"""The flags that all experiments share, and the settings they make."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from experiments import methods, questions
+from specmq_jax.errors import UserError
+from specmq_jax.sampling import Greedy, Sampling
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "The target: a checkpoint directory, a GGUF file or a Hugging Face hub name. Default: the demo model "
+    "SmolLM2-135M-Instruct, fetched on first use.")
+_METHOD = flags.DEFINE_enum("method", None, list(methods.NAMES), "One method to run; instead of --methods.")
+_METHODS = flags.DEFINE_list(
+    "methods", None, f"Methods to run one after another, of {', '.join(methods.NAMES)}. Speedups are over baseline. "
+    "Default: baseline,spec.")
+_DRAFTER = flags.DEFINE_string(
+    "drafter", None, "The small model that drafts for method spec, given like --model. Default: the target's own weights "
+    "at --draft_precision.")
+_PRECISION = flags.DEFINE_string(
+    "precision", None, "Weight format of the target, for example fp16 or w4a16, made by round-to-nearest when the model "
+    "is loaded. Default: as stored.")
+_DRAFT_PRECISION = flags.DEFINE_string(
+    "draft_precision", None, "Weight format of the drafter. Default: as stored for a --drafter; else w4a16-g64 for the "
+    "demo model and w4a16 for others.")
+_DRAFT_LENGTH = flags.DEFINE_integer(
+    "draft_length", 4, "Tokens that method spec drafts a round.", lower_bound=1)
+_QUESTION_FILE = flags.DEFINE_string(
+    "question_file", None, "Questions, one JSON object a line: question_id, category, turns. Default: eight of the "
+    "package's own, two turns each.")
+_QUESTION_BEGIN = flags.DEFINE_integer("question_begin", 0, "First question, counted from 0.", lower_bound=0)
+_QUESTION_END = flags.DEFINE_integer("question_end", None, "Question before which to end. Default: all.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Tokens a turn at most. Default: 64 on a CPU, 512 on a GPU.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens of prompt and output that the cache holds, at most the model's own limit. An answer ends "
+    "where the cache is full. Default: 1024 on a CPU, 4096 on a GPU.", lower_bound=64)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy decoding.", lower_bound=0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many best tokens; 0 is all.", lower_bound=0)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest best tokens of this joint probability.", 0, 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_ANSWER_FILE = flags.DEFINE_string(
+    "answer_file", None, "Where a single method's answers go. Default: METHOD.jsonl in --output_dir.")
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Where answers, summary.json and plot.png go. Default: results/EXPERIMENT-MODEL, with the names of "
+    "--precision and --question_file behind it if given.")
+_RESUME = flags.DEFINE_bool(
+    "resume", True, "Go on with answers found in the output directory, if made with the same settings; --noresume "
+    "replaces them.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is asked for. The flags' help explains the fields; those without comment bear the flags' names.
+
+    Attributes:
+      max_length: before the model's own limit is known.
+      sampling: of temperature, top_k and top_p.
+      answer_file: None puts each method's answers into `output_dir`.
+      models: the target and what drafts for it.
+    """
+
+    models: methods.Models
+    methods: tuple[str, ...]
+    question_file: pathlib.Path
+    question_begin: int = 0
+    question_end: int | None = None
+    max_new_tokens: int
+    max_length: int
+    sampling: Greedy | Sampling = Greedy()
+    seed: int = 0
+    output_dir: pathlib.Path
+    answer_file: pathlib.Path | None = None
+    resume: bool = True
+
+    def answers(self, method: str) -> pathlib.Path:
+        """Where a method's answers go."""
+        return self.answer_file or self.output_dir / f"{method}.jsonl"
+
+
+def settings(experiment: str) -> Settings:
+    """Reads the parsed flags; `experiment` begins the name of the default output directory.
+
+    Raises:
+      UserError: an unknown method, or flags that contradict one another.
+    """
+    chosen = _methods()
+    if _ANSWER_FILE.value and len(chosen) > 1:
+        raise UserError(f"--answer_file takes the answers of one method, and {','.join(chosen)} are to be run; give "
+                        "--method=NAME, or --output_dir for several")
+    gpu = jax.default_backend() != "cpu"
+    models = methods.Models(
+        target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,
+        draft_precision=_DRAFT_PRECISION.value)
+    return Settings(
+        models=models, methods=chosen, question_file=pathlib.Path(_QUESTION_FILE.value or questions.SMALL),
+        question_begin=_QUESTION_BEGIN.value, question_end=_QUESTION_END.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value or (512 if gpu else 64),
+        max_length=_MAX_LENGTH.value or (4096 if gpu else 1024), sampling=_sampling(), seed=_SEED.value,
+        output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
+        answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value)
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """A word that is no flag is a `UserError`."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; options are spelled --name=value (--help lists them)")
+
+
+def _methods() -> tuple[str, ...]:
+    if _METHOD.value and _METHODS.value:
+        raise UserError("--method and --methods were both given; choose one")
+    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or ("baseline", "spec"))
+    for method in chosen:
+        if method not in methods.NAMES:
+            raise UserError(f"method {method!r} is not known; choose of {', '.join(methods.NAMES)}")
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"--methods={','.join(chosen)} names a method twice")
+    return chosen
+
+
+def _sampling() -> Greedy | Sampling:
+    if _TEMPERATURE.value:
+        return Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
+    if _TOP_K.value or _TOP_P.value != 1.0:
+        raise UserError("--top_k and --top_p need a --temperature above 0; at 0 decoding is greedy")
+    return Greedy()
+
+
+def _default_directory(experiment: str, models: methods.Models) -> pathlib.Path:
+    parts = [experiment, models.target_name, models.precision or ""]
+    if _QUESTION_FILE.value:
+        parts.append(pathlib.Path(_QUESTION_FILE.value).stem)
+    return pathlib.Path("results") / "-".join(part for part in parts if part)

@@ -1,0 +1,133 @@
+"""The methods that experiments compare, as decoders over one loaded target."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import specmq_jax as sm
+from specmq_jax import tokenizer as tokens
+from specmq_jax.errors import UserError
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+    """Which models to load.
+
+    Attributes:
+      target: a directory, file or hub name; None is the demo model.
+      precision: of the target; None is as stored.
+      drafter: like `target`; None is the target's own weights.
+      draft_precision: None is as stored for a `drafter`, and a 4-bit format for the target's own weights.
+      draft_length: tokens that the small model drafts a round.
+    """
+
+    target: str | None = None
+    precision: str | None = None
+    drafter: str | None = None
+    draft_precision: str | None = None
+    draft_length: int = 4
+
+    @property
+    def target_name(self) -> str:
+        return pathlib.Path(self.target).resolve().name if self.target else DEMO_NAME
+
+    @property
+    def self_draft_precision(self) -> str:
+        """Of the target's own weights as drafter; the demo model's 576 columns are no multiple of 128."""
+        return self.draft_precision or ("w4a16" if self.target else "w4a16-g64")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Workbench:
+    """A loaded target with its tokenizer: what a runner needs of the models.
+
+    Attributes:
+      target: the target.
+      models: where drafters come from.
+      tokenizer: the target's.
+      config: of every decoder made here.
+    """
+
+    target: sm.Model
+    models: Models
+    tokenizer: Any
+    config: sm.DecodeConfig
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_len
+
+    @property
+    def precision(self) -> str:
+        return self.target.precision
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a dialogue in the model's chat template, up to where the assistant answers."""
+        return tokens.encode_chat(self.tokenizer, messages)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The answer that token ids spell, without the stop token that may end them."""
+        ids = list(token_ids)
+        return tokens.decode(self.tokenizer, ids[:-1] if ids and ids[-1] in self.config.stop_tokens else ids).strip()
+
+    def decoder(self, method: str) -> sm.Decoder:
+        """Loads what the method drafts with, if anything."""
+        return sm.Decoder(self.target, drafter=METHODS[method].drafter(self), config=self.config)
+
+
+def load(models: Models, *, max_length: int, sampling: sm.Greedy | sm.Sampling, seed: int) -> Workbench:
+    """Loads the target and its tokenizer; the cache is cut to the model's own limit.
+
+    Raises:
+      UserError: as `specmq_jax.load`.
+    """
+    if models.target is None:
+        from checkpoints_tools import demo_model  # not needed for an own model
+
+        source: str | pathlib.Path = demo_model.prepare()
+    else:
+        source = models.target
+    target = sm.load(source, precision=models.precision)
+    tokenizer = tokens.load_tokenizer(target.directory)
+    config = sm.DecodeConfig(max_len=min(max_length, target.config.max_position), sampling=sampling, seed=seed,
+                             stop_tokens=tokens.stop_tokens(tokenizer, target.directory))
+    return Workbench(target=target, models=models, tokenizer=tokenizer, config=config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a method drafts.
+
+    Attributes:
+      drafter: makes its drafter; None decodes plainly.
+      settings: the fields of `Models`, beside the target's, that decide what it does.
+    """
+
+    drafter: Callable[[Workbench], sm.Drafter | None]
+    settings: tuple[str, ...] = ()
+
+
+def _plain(bench: Workbench) -> None:
+    del bench
+
+
+def _chain(bench: Workbench) -> sm.ChainDrafter:
+    models = bench.models
+    if models.drafter is None:
+        draft = bench.target.with_precision(models.self_draft_precision)
+    else:
+        draft = sm.load(models.drafter, precision=models.draft_precision)
+        if tokens.load_tokenizer(draft.directory).get_vocab() != bench.tokenizer.get_vocab():
+            raise UserError(f"the drafter {models.drafter} has another tokenizer than {models.target_name}; choose a "
+                            "draft model of the target's family")
+    return sm.ChainDrafter(draft, length=models.draft_length)
+
+
+METHODS: Mapping[str, Method] = {
+    "baseline": Method(drafter=_plain),
+    "spec": Method(drafter=_chain, settings=("drafter", "draft_precision", "draft_length")),
+}
+NAMES = tuple(METHODS)

@@ -1,0 +1,188 @@
+"""Runs methods over questions on one loaded target, and resumes where a killed run stopped."""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from rich.console import Console
+
+import specmq_jax as sm
+from experiments import answers, methods, questions
+from experiments.answers import Answer, AnswerFile, Turn
+from experiments.flags import Settings
+from experiments.progress import progress
+from experiments.questions import Question
+from specmq_jax import metrics
+from specmq_jax.errors import UserError
+
+PREFILL_LENGTHS = (32, 128, 512, 2048)
+"""Prompts of these lengths together compile every chunk length by which decoders take prompts in."""
+
+Measured = Mapping[str, Any]
+
+
+class Bench(Protocol):
+    """The part of `methods.Workbench` that a runner uses."""
+
+    max_length: int
+    precision: str
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+
+    def text(self, token_ids: Sequence[int]) -> str: ...
+
+    def decoder(self, method: str) -> sm.Decoder: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one method did.
+
+    Attributes:
+      method: its name.
+      answers: one a question.
+      measured: what `_measure` returns.
+    """
+
+    method: str
+    answers: tuple[Answer, ...]
+    measured: Measured
+
+
+def load(settings: Settings) -> methods.Workbench:
+    """The models that the settings name."""
+    return methods.load(settings.models, max_length=settings.max_length, sampling=settings.sampling, seed=settings.seed)
+
+
+def run(settings: Settings, *, load: Callable[[Settings], Bench] = load, console: Console | None = None) -> list[Result]:
+    """Answers every question with every method; each answer is on the disk before the next question begins.
+
+    A turn whose dialogue no longer fits into the cache ends its question: the answer keeps the turns before it and says
+    so in "cut". Methods that a former run finished are taken from their files; if all are, no model is loaded.
+
+    Args:
+      settings: what to run.
+      load: loads the target and makes decoders.
+      console: where progress goes, by default stderr.
+
+    Raises:
+      UserError: what is wrong with questions, output directory or answers found there, before a model is loaded; a
+        first turn longer than the cache, before the first question is answered.
+    """
+    console = console or Console(stderr=True)
+    asked = questions.load(settings.question_file, settings.question_begin, settings.question_end)
+    for directory in {settings.output_dir, settings.answers(settings.methods[0]).parent}:
+        answers.check_directory(directory)
+    files = {method: AnswerFile(settings.answers(method), _identity(settings, method, asked), resume=settings.resume)
+             for method in settings.methods}
+    for method, file in files.items():
+        if file.found:
+            hint = " (--noresume measures again)" if file.measured else ", going on behind them"
+            console.print(f"{method}: {len(file.found)} of {len(asked)} answers found in {file.path}{hint}",
+                          highlight=False, markup=False, soft_wrap=True)
+    if not all(file.measured for file in files.values()):
+        bandwidth = metrics.device_bandwidth()
+        bench = load(settings)
+        _check_first_turns(asked, bench)
+        # every drafter is loaded, and may turn out not to fit, before the first question
+        decoders = {method: bench.decoder(method) for method, file in files.items() if not file.measured}
+        for method, decoder in decoders.items():
+            _run_method(settings, method, decoder, asked, files[method], bench, bandwidth, console)
+    return [Result(method=method, answers=tuple(file.found), measured=file.measured) for method, file in files.items()]
+
+
+def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
+                bench: Bench, bandwidth: float, console: Console) -> None:
+    waiting = [question for question in asked if question.id not in file.answered]
+    with progress(console, method, total=len(asked), done=len(file.found)) as reporter:
+        reporter.doing("compiling")
+        _warm_up(decoder, bench, asked, settings.max_new_tokens)
+        reporter.doing("answering")
+        file.start()
+        model_id = f"{settings.models.target_name}-{bench.precision}-{method}"
+        for question in waiting:
+            turns, cut = _converse(decoder, bench, question, settings.max_new_tokens)
+            reporter.answered(file.append(answers.record(question, turns, model_id=model_id, cut=cut)))
+            if cut:
+                reporter.note(f"question {question.id} ends early: {cut}")
+        reporter.doing("timing the phases of a round")
+        file.finish(_measure(decoder, bench, asked, file.found, bandwidth))
+        reporter.doing("done")
+
+
+def _converse(decoder: sm.Decoder, bench: Bench, question: Question, max_new_tokens: int
+              ) -> tuple[list[Turn], str | None]:
+    """The turns of one dialogue, and why some are missing, if any are."""
+    messages: list[dict[str, str]] = []
+    turns: list[Turn] = []
+    for said in question.turns:
+        messages.append({"role": "user", "content": said})
+        prompt = bench.encode(messages)
+        if turns and len(prompt) >= bench.max_length:
+            return turns, (f"turn {len(turns) + 1} has a prompt of {len(prompt)} tokens, the cache holds "
+                           f"{bench.max_length}")
+        generation = decoder.generate(prompt, max_new_tokens=max_new_tokens)
+        turns.append(Turn(prompt_tokens=len(prompt), generation=generation, text=bench.text(generation.tokens)))
+        messages.append({"role": "assistant", "content": turns[-1].text})
+    return turns, None
+
+
+def _first_prompt(question: Question, bench: Bench) -> list[int]:
+    return bench.encode([{"role": "user", "content": question.turns[0]}])
+
+
+def _check_first_turns(asked: Sequence[Question], bench: Bench) -> None:
+    for question in asked:
+        length = len(_first_prompt(question, bench))
+        if length >= bench.max_length:
+            raise UserError(f"the first turn of question {question.id!r} has {length} tokens, the cache holds "
+                            f"{bench.max_length} with at least one new token; raise --max_length (at most the model's "
+                            "own limit) or leave the question out")
+
+
+def _warm_up(decoder: sm.Decoder, bench: Bench, asked: Sequence[Question], max_new_tokens: int) -> None:
+    """Compiles whatever the questions will need."""
+    longest = max(sum(len(bench.encode([{"role": "user", "content": said}])) for said in question.turns)
+                  + (len(question.turns) - 1) * max_new_tokens for question in asked)
+    prompt = _first_prompt(asked[0], bench)
+    room = bench.max_length - 2
+    for shorter, length in zip((0, *PREFILL_LENGTHS), PREFILL_LENGTHS, strict=False):
+        if shorter < min(longest, room):
+            decoder.generate((prompt * length)[:min(length, room)], max_new_tokens=2)
+
+
+def _measure(decoder: sm.Decoder, bench: Bench, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float
+             ) -> dict[str, Any]:
+    """What a report needs beside the answers: seconds of the phases, bytes, the device and the versions."""
+    prompt = _first_prompt(asked[0], bench)[:bench.max_length // 2]
+    phases = decoder.phase_times(prompt)
+    live_length = round(statistics.fmean(length + new / 2 for answer in found
+                                         for length, new in zip(answer.prompt_tokens, answer.new_tokens, strict=True)))
+    return {
+        "device": metrics.device_name(), "device_bandwidth": bandwidth, "jax": jax.__version__,
+        "precision": bench.precision, "max_length": bench.max_length, "phase_prompt_tokens": len(prompt),
+        "prefill": phases.prefill, "draft": phases.draft, "verify": phases.verify, "round": phases.round,
+        "live_length": live_length, "bytes_per_round": int(decoder.bytes_per_round(live_length)),
+    }
+
+
+def _identity(settings: Settings, method: str, asked: Sequence[Question]) -> dict[str, Any]:
+    """What decides a method's answers and their times, for the answer file's sidecar."""
+    models = settings.models
+    return {
+        "method": method, "model": _place(models.target) or methods.DEMO_NAME,
+        "precision": models.precision or "as stored",
+        "questions": f"{settings.question_file.name} {settings.question_begin}:"
+                     f"{settings.question_begin + len(asked)} {questions.digest(asked)}",
+        "max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length,
+        "sampling": repr(settings.sampling), "seed": settings.seed, "device": metrics.device_name(),
+        "jax": jax.__version__,
+        **{field: getattr(models, field) for field in methods.METHODS[method].settings}}
+
+
+def _place(model: str | None) -> str | None:
+    """A model's place however the working directory lies; hub names stay."""
+    return str(pathlib.Path(model).resolve()) if model and pathlib.Path(model).exists() else model

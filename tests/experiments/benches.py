@@ -1,0 +1,68 @@
+"""A model made of arithmetic: characters are tokens, and answers follow from the prompt alone."""
+
+import dataclasses
+
+import numpy as np
+
+import specmq_jax as sm
+from experiments import methods
+from experiments.flags import Settings
+
+QUESTIONS = """{"question_id": 1, "category": "writing", "turns": ["Name a colour.", "Another one."]}
+{"question_id": 2, "category": "math", "turns": ["What is 6 times 7?"]}
+{"question_id": "c", "category": "math", "turns": ["What is 1 + 1?", "And 2 + 2?"]}
+"""
+
+
+@dataclasses.dataclass
+class FakeDecoder:
+    """Accepts `accept` tokens a round and needs a tenth of a second for each round."""
+
+    accept: int
+    kill_at: int | None = None
+    prompts: list = dataclasses.field(default_factory=list)
+
+    def generate(self, prompt_ids, max_new_tokens):
+        if max_new_tokens > 2:  # not a warm-up
+            self.prompts.append(list(prompt_ids))
+            if len(self.prompts) == self.kill_at:
+                raise KeyboardInterrupt
+        tokens = np.array([97 + (sum(prompt_ids) + i) % 26 for i in range(max_new_tokens)], np.int32)
+        rounds = -(-(max_new_tokens - 1) // self.accept)
+        return sm.Generation(
+            tokens=tokens, accept_lengths=np.full(rounds, self.accept, np.int32), seconds=0.1 * rounds,
+            prefill_seconds=0.5, draft_prefill_seconds=0.25, stopped=False, draft_accept_lengths=np.zeros(0, np.int32))
+
+    def phase_times(self, prompt_ids):
+        return sm.PhaseTimes(prefill=0.5, draft=0.01 * (self.accept > 1), verify=0.1, round=0.1)
+
+    def bytes_per_round(self, live_length):
+        return 10**9 + live_length
+
+
+@dataclasses.dataclass
+class FakeBench:
+    max_length: int = 256
+    precision: str = "fp16"
+    kill_at: int | None = None
+    decoders: dict = dataclasses.field(default_factory=dict)
+
+    def encode(self, messages):
+        return list("".join(f"{m['role'][0]}: {m['content']}\n" for m in messages).encode())
+
+    def text(self, token_ids):
+        return bytes(token_ids.tolist()).decode()
+
+    def decoder(self, method):
+        self.decoders[method] = FakeDecoder(accept=1 if method == "baseline" else 4, kill_at=self.kill_at)
+        return self.decoders[method]
+
+
+def make_settings(directory, **changes):
+    """Settings of a run over QUESTIONS with everything under `directory`."""
+    file = directory / "questions.jsonl"
+    if not file.exists():
+        file.write_text(QUESTIONS)
+    fields = dict(models=methods.Models(), methods=("baseline", "spec"), question_file=file, max_new_tokens=9,
+                  max_length=256, output_dir=directory / "out")
+    return Settings(**(fields | changes))

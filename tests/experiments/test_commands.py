@@ -1,0 +1,89 @@
+"""Commands as a user types them: one line and exit code 2 for a mistake, a table for a comparison."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from benches import QUESTIONS
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(name, *arguments):
+    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+
+
+def fails_with(result, *parts):
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+    for part in parts:
+        assert part in errors[0]
+
+
+@pytest.fixture
+def question_file(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(QUESTIONS)
+    return path
+
+
+def test_an_unwritable_output_directory(tmp_path, question_file):
+    fails_with(command("mt_bench", f"--output_dir={question_file}/out"), f"{question_file}/out can't be written to",
+               "--output_dir")
+
+
+def test_a_range_past_the_file(tmp_path, question_file):
+    fails_with(command("mt_bench", f"--question_file={question_file}", "--question_end=4", f"--output_dir={tmp_path}"),
+               "--question_end=4 lies past the 3 questions")
+
+
+def test_a_malformed_line(tmp_path, question_file):
+    question_file.write_text(QUESTIONS + '{"question_id": 9, "category": "math"}\n')
+    fails_with(command("mt_bench", f"--question_file={question_file}", f"--output_dir={tmp_path}"),
+               f"{question_file}, line 4: 'turns' is missing")
+
+
+@pytest.mark.parametrize(("arguments", "fault"), [
+    (["--methods=baseline,sepc"], "method 'sepc' is not known; choose of baseline, spec"),
+    (["--method=spec", "--methods=baseline"], "choose one"),
+    (["--answer_file=a.jsonl"], "--answer_file takes the answers of one method"),
+    (["--top_k=5"], "need a --temperature above 0"),
+    (["--temperature=1", "--top_p=0"], "top_p must lie in (0, 1]"),
+    (["--draft_length=0"], "draft_length"),
+    (["--nonsense=1"], "nonsense"),
+    (["spec"], "unexpected argument 'spec'"),
+])
+def test_contradictory_or_unknown_flags(arguments, fault):
+    fails_with(command("mt_bench", *arguments), fault)
+
+
+def answer(ident, category, new_tokens, wall_time, accept_lengths):
+    choice = {"new_tokens": new_tokens, "wall_time": wall_time, "accept_lengths": accept_lengths}
+    return json.dumps({"question_id": ident, "category": category, "choices": [choice]}) + "\n"
+
+
+def test_speedup_compares_answer_files_by_category(tmp_path):
+    base, fast = tmp_path / "base.jsonl", tmp_path / "fast.jsonl"
+    base.write_text(answer(1, "math", [10], [1.0], [1] * 9) + answer(2, "qa", [30, 10], [1.0, 1.0], [1] * 38))
+    fast.write_text(answer(1, "math", [10], [0.5], [3, 3, 3]) + answer(2, "qa", [30, 10], [0.5, 0.5], [5]))
+    result = command("speedup", f"--base={base}", f"--answers={fast}")
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert ["math", "1", "10.0", "20.0", "2.00x", "3.00"] in rows
+    assert ["qa", "1", "20.0", "40.0", "2.00x", "5.00"] in rows
+    assert ["overall", "2", "15.0", "30.0", "2.00x", "3.50"] in rows
+
+
+def test_speedup_refuses_other_questions_and_broken_files(tmp_path):
+    base, other, broken = (tmp_path / f"{name}.jsonl" for name in ("base", "other", "broken"))
+    base.write_text(answer(1, "math", [10], [1.0], [1]) + answer(2, "math", [10], [1.0], [1]))
+    other.write_text(answer(1, "math", [10], [1.0], [1]))
+    broken.write_text(other.read_text() + '{"question_id": 2, "ca')
+    fails_with(command("speedup", f"--base={base}", f"--answers={other}"), "1 questions", "2", "same questions")
+    fails_with(command("speedup", f"--base={base}", f"--answers={broken}"), f"{broken}, line 2")
+    fails_with(command("speedup", f"--base={base}", f"--answers={tmp_path}/none.jsonl"), "can't be read")
+    fails_with(command("speedup"), "--base=")

@@ -1,0 +1,159 @@
+"""The runner over a model made of arithmetic: what it asks, what it writes, how it resumes."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from benches import FakeBench, make_settings
+from rich.console import Console
+
+from experiments import runner
+from experiments.methods import Models
+from specmq_jax import metrics
+from specmq_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _no_bandwidth_measurement(monkeypatch):
+    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+
+
+def run(settings, bench=None):
+    """The results and what was printed."""
+    bench, printed = bench or FakeBench(), io.StringIO()
+    return runner.run(settings, load=lambda _: bench, console=Console(file=printed, width=500)), printed.getvalue()
+
+
+def no_load(settings):
+    raise AssertionError("a model was loaded")
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(path):
+    return [{key: value for key, value in record.items() if key not in ("answer_id", "tstamp")}
+            for record in records(path)]
+
+
+def test_answers_have_the_schema(tmp_path):
+    settings = make_settings(tmp_path)
+    run(settings)
+    found = records(settings.output_dir / "spec.jsonl")
+    assert [record["question_id"] for record in found] == [1, 2, "c"]
+    first = found[0]
+    assert set(first) == {"question_id", "category", "answer_id", "model_id", "tstamp", "choices"}
+    assert first["model_id"] == "SmolLM2-135M-Instruct-fp16-spec"
+    (choice,) = first["choices"]
+    assert choice["new_tokens"] == [9, 9] and choice["decoding_steps"] == [2, 2]
+    assert choice["accept_lengths"] == [4, 4, 4, 4]
+    assert choice["wall_time"] == [0.2, 0.2] and choice["generate_speed"] == pytest.approx([45, 45])
+    assert choice["prefill_time"] == [0.5, 0.5] and choice["draft_prefill_time"] == [0.25, 0.25]
+    assert [bytes(ids).decode() for ids in choice["token_ids"]] == choice["turns"]
+    assert choice["index"] == 0 and choice["cut"] is None
+
+
+def test_a_later_turn_holds_the_models_own_answer_to_the_earlier_one(tmp_path):
+    settings, bench = make_settings(tmp_path), FakeBench()
+    run(settings, bench)
+    (first, *_) = records(settings.output_dir / "baseline.jsonl")
+    expected = f"u: Name a colour.\na: {first['choices'][0]['turns'][0]}\nu: Another one.\n"
+    assert bytes(bench.decoders["baseline"].prompts[1]).decode() == expected
+
+
+@pytest.mark.parametrize("unfinished", ["", '{"question_id": 2, "cat', '{"question_id": 2}'])
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, unfinished):
+    settings, whole = make_settings(tmp_path), make_settings(tmp_path, output_dir=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, FakeBench(kill_at=3))
+    with (settings.output_dir / "baseline.jsonl").open("a") as file:
+        file.write(unfinished)
+    bench = FakeBench()
+    _, printed = run(settings, bench)
+    run(whole)
+    assert len(bench.decoders["baseline"].prompts) == 3
+    assert "baseline: 1 of 3 answers found" in printed
+    for method in settings.methods:
+        name = f"{method}.jsonl"
+        assert without_times(settings.output_dir / name) == without_times(whole.output_dir / name)
+
+
+def test_a_finished_run_is_reported_again_without_loading_a_model(tmp_path):
+    settings = make_settings(tmp_path)
+    first, _ = run(settings)
+    assert runner.run(settings, load=no_load, console=Console(file=io.StringIO())) == first
+
+
+@pytest.mark.parametrize(("changes", "difference"), [
+    ({"max_new_tokens": 10}, "max_new_tokens 9 there and 10 here"),
+    ({"models": Models(draft_length=2)}, "draft_length 4 there and 2 here"),
+    ({"models": Models(precision="w4a16")}, "precision 'as stored' there and 'w4a16' here"),
+    ({"question_end": 2}, "questions 'questions.jsonl 0:3"),
+])
+def test_answers_of_other_settings_are_neither_mixed_nor_lost(tmp_path, changes, difference):
+    settings = make_settings(tmp_path)
+    run(settings)
+    before = (settings.output_dir / "spec.jsonl").read_bytes()
+    changed = dataclasses.replace(settings, methods=("spec",), **changes)
+    with pytest.raises(UserError) as error:
+        runner.run(changed, load=no_load)
+    assert difference in str(error.value) and "--noresume" in str(error.value)
+    assert (settings.output_dir / "spec.jsonl").read_bytes() == before
+    run(dataclasses.replace(changed, resume=False))
+    assert (settings.output_dir / "spec.jsonl").read_bytes() != before
+
+
+def test_other_draft_settings_keep_the_baselines_answers(tmp_path):
+    settings, bench = make_settings(tmp_path, methods=("baseline",)), FakeBench()
+    run(settings)
+    run(dataclasses.replace(settings, methods=("baseline", "spec"), models=Models(draft_length=2)), bench)
+    assert list(bench.decoders) == ["spec"]
+
+
+def test_answers_without_their_settings_are_refused(tmp_path):
+    settings = make_settings(tmp_path)
+    run(settings)
+    (settings.output_dir / "baseline.settings.json").unlink()
+    with pytest.raises(UserError, match="missing or damaged"):
+        runner.run(settings, load=no_load)
+
+
+def test_a_damaged_answer_in_the_middle_is_named(tmp_path):
+    settings = make_settings(tmp_path)
+    run(settings)
+    path = settings.output_dir / "baseline.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1][:30] + "\n", lines[2]]))
+    with pytest.raises(UserError, match=r"baseline.jsonl, line 2: no answer of this format"):
+        runner.run(settings, load=no_load)
+
+
+def test_a_first_turn_longer_than_the_cache_is_found_before_the_first_question(tmp_path):
+    settings = make_settings(tmp_path)
+    bench = FakeBench(max_length=len("u: What is 6 times 7?\n"))
+    with pytest.raises(UserError, match="the first turn of question 2 has 22 tokens, the cache holds 22"):
+        run(settings, bench)
+    assert not (settings.output_dir / "baseline.jsonl").exists()
+
+
+def test_a_later_turn_longer_than_the_cache_ends_its_question_and_is_told(tmp_path):
+    settings = make_settings(tmp_path)
+    results, printed = run(settings, FakeBench(max_length=40))
+    cuts = [(answer.question_id, len(answer.new_tokens)) for answer in results[0].answers if answer.cut]
+    assert cuts == [(1, 1), ("c", 1)]
+    assert "baseline: question 1 ends early: turn 2 has a prompt of 47 tokens, the cache holds 40" in printed
+
+
+def test_an_unwritable_directory_is_found_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = make_settings(tmp_path, output_dir=tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="can't be written to: Not a directory"):
+        runner.run(settings, load=no_load)
+
+
+def test_progress_off_a_terminal_is_plain_lines(tmp_path):
+    _, printed = run(make_settings(tmp_path))
+    assert "spec: question 3 of 3 (math), 45.0 tokens/s\n" in printed
+    assert "\x1b" not in printed
