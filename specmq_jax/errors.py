@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error instead of one line.")
 
@@ -16,6 +16,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` under absl; a `UserError` or Ctrl-C ends in one line on stderr, exit code 2 or 130."""
 
     def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
         except UserError as error:
