@@ -8,6 +8,7 @@ import jax
 from absl import flags
 
 from experiments import methods, questions
+from specmq_jax import formats
 from specmq_jax.errors import UserError
 from specmq_jax.sampling import Greedy, Sampling
 
@@ -86,12 +87,14 @@ def settings(experiment: str) -> Settings:
     """Reads the parsed flags; `experiment` begins the name of the default output directory.
 
     Raises:
-      UserError: an unknown method, or flags that contradict one another.
+      UserError: an unknown method or precision, or flags that contradict one another.
     """
     chosen = _methods()
     if _ANSWER_FILE.value and len(chosen) > 1:
         raise UserError(f"--answer_file takes the answers of one method, and {','.join(chosen)} are to be run; give "
                         "--method=NAME, or --output_dir for several")
+    for precision in filter(None, (_PRECISION.value, _DRAFT_PRECISION.value)):
+        formats.get(precision)
     gpu = jax.default_backend() != "cpu"
     models = methods.Models(
         target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,

@@ -86,8 +86,8 @@ def print_table(summary: Summary, console: Console) -> None:
             console.print(f"{method}: {figure['cut']} questions end early, their later turns did not fit into the cache "
                           "(\"cut\" in the answers tells which)", highlight=False)
     if summary["device"].startswith("CPU") and any((f["speedup"] or 1) < 1 for f in figures.values()):
-        console.print("On a CPU, low-bit weights are expanded to f32 and draft no faster than the target decodes; "
-                      "speculation pays on a GPU.", highlight=False)
+        console.print("On a CPU, low-bit weights are expanded to f32: drafting a token with them costs as much as decoding "
+                      "one, so no speedup can be expected here.", highlight=False)
 
 
 def _figures(result: Result, base: Result | None) -> dict[str, Any]:

@@ -18,9 +18,6 @@ from experiments.questions import Question
 from specmq_jax import metrics
 from specmq_jax.errors import UserError
 
-PREFILL_LENGTHS = (32, 128, 512, 2048)
-"""Prompts of these lengths together compile every chunk length by which decoders take prompts in."""
-
 Measured = Mapping[str, Any]
 
 
@@ -149,7 +146,7 @@ def _warm_up(decoder: sm.Decoder, bench: Bench, asked: Sequence[Question], max_n
                   + (len(question.turns) - 1) * max_new_tokens for question in asked)
     prompt = _first_prompt(asked[0], bench)
     room = bench.max_length - 2
-    for shorter, length in zip((0, *PREFILL_LENGTHS), PREFILL_LENGTHS, strict=False):
+    for shorter, length in zip((0, *decoder.prefill_chunks), decoder.prefill_chunks, strict=False):
         if shorter < min(longest, room):
             decoder.generate((prompt * length)[:min(length, room)], max_new_tokens=2)
 

@@ -39,7 +39,10 @@ def table(base: Sequence[Answer], others: dict[str, list[Answer]]) -> Table:
     result.add_column("questions", justify="right")
     result.add_column("base\ntokens/s", justify="right")
     for name in others:
-        for head in (f"{pathlib.Path(name).stem}\ntokens/s", "\nspeedup", "\naccept length"):
+        path = pathlib.Path(name)
+        alike = sum(pathlib.Path(other).stem == path.stem for other in others) > 1
+        label = f"{path.parent.name}/{path.stem}" if alike else path.stem
+        for head in (f"{label}\ntokens/s", "\nspeedup", "\naccept length"):
             result.add_column(head, justify="right")
     grouped = {name: by_category(found) for name, found in others.items()}
     for category, group in by_category(base).items():

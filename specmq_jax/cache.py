@@ -18,19 +18,22 @@ class KVCache:
       keys, values: per layer, float[max_len, kv_heads, head_dim].
       length: i32 scalar, rows that hold committed tokens. Rows past it are scratch: a rejected row is not erased, the
         next write covers it.
+      limit: static, the tokens it is meant for, which some rotary embeddings depend on; it may have more rows.
     """
 
     keys: tuple[Float[Array, "L H D"], ...]
     values: tuple[Float[Array, "L H D"], ...]
     length: Int32[Array, ""]
+    limit: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype) -> Self:
-        """An empty cache of `max_len` rows a layer."""
+    def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype, *, limit: int | None = None) -> Self:
+        """An empty cache of `max_len` rows a layer, meant for `limit` tokens (default: as many)."""
         shape = (max_len, config.num_kv_heads, config.head_dim)
         layers = range(config.num_layers)
         return cls(keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-                   values=tuple(jnp.zeros(shape, dtype) for _ in layers), length=jnp.int32(0))
+                   values=tuple(jnp.zeros(shape, dtype) for _ in layers), length=jnp.int32(0),
+                   limit=limit or max_len)
 
     @property
     def max_len(self) -> int:

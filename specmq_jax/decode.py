@@ -97,7 +97,8 @@ class PhaseTimes:
 class Decoder:
     """Decodes one sequence at a time with a target model and a drafter.
 
-    `prefill` and `round` are the jitted functions; `generate` and `stream` run the same rounds in one loop.
+    `prefill` and `round` are the jitted functions; `generate` and `stream` run the same rounds in one loop. Attribute
+    `prefill_chunks` holds the chunk lengths a prompt is taken in by, ascending.
     """
 
     def __init__(self, target: Model, drafter: Drafter | None = None, config: DecodeConfig | None = None) -> None:
@@ -117,9 +118,9 @@ class Decoder:
         self.config = config if config is not None else DecodeConfig()
         self.drafter.check(target.config)
         self._module = target.module.clone(capture=self.drafter.capture)
-        self._chunks = self.config.prefill_chunks or (
-            (32, 128, 512) if jax.default_backend() == "cpu" else (128, 512, 2048))
-        slack = max(self.drafter.tree_size, self.drafter.scratch_rows, *self._chunks)
+        self.prefill_chunks = tuple(sorted(self.config.prefill_chunks or (
+            (64, 256) if jax.default_backend() == "cpu" else (128, 512, 2048))))
+        slack = max(self.drafter.tree_size, self.drafter.scratch_rows, *self.prefill_chunks)
         self._capacity = -(-(self.config.max_len + slack) // 128) * 128
         check_room(self.state_bytes, f"decoding state for {self.config.max_len} tokens")
         self._ingest = jax.jit(self._ingest_chunk, donate_argnums=1)
@@ -228,7 +229,7 @@ class Decoder:
             raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
         key = jax.random.key(self.config.seed if seed is None else seed)
         start = time.perf_counter()
-        cache, chunks = self.target.new_cache(self._capacity), []
+        cache, chunks = self.target.new_cache(self._capacity, limit=self.config.max_len), []
         for tokens, count in self._split(prompt):
             hidden, features, cache = self._ingest(self.target.params, cache, tokens, count)
             chunks.append((tokens, count, features))
@@ -247,9 +248,8 @@ class Decoder:
 
     def _split(self, prompt: Int32[np.ndarray, "n"]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
         """The prompt in padded chunks of the few lengths that are compiled, each with its count of real tokens."""
-        sizes = sorted(self._chunks)
         while len(prompt):
-            size = next((size for size in sizes if size >= len(prompt)), sizes[-1])
+            size = next((size for size in self.prefill_chunks if size >= len(prompt)), self.prefill_chunks[-1])
             chunk, prompt = prompt[:size], prompt[size:]
             yield np.pad(chunk, (0, size - len(chunk))), np.int32(len(chunk))
 

@@ -54,7 +54,7 @@ class Rows:
           mask: which of the rows behind the committed ones each row sees; None for causal rows.
           skip: rows behind the committed ones that hold earlier levels of a tree and stay.
         """
-        frequencies, scale = config.rope.frequencies(config.head_dim, cache.max_len)
+        frequencies, scale = config.rope.frequencies(config.head_dim, cache.limit)
         angles = (cache.length + offsets).astype(jnp.float32)[:, None] * frequencies
         if mask is None and len(offsets) <= MOST_DECODE_ROWS:
             mask = jnp.tri(len(offsets), dtype=bool)

@@ -47,9 +47,9 @@ class Model:
         skipped = 0 if self.config.tie_embeddings else self.params["params"]["embed"]["table"].nbytes
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) - skipped
 
-    def new_cache(self, max_len: int) -> KVCache:
-        """An empty cache of `max_len` rows in the layers' dtype."""
-        return KVCache.create(self.config, max_len, self.module.format.dtype)
+    def new_cache(self, max_len: int, *, limit: int | None = None) -> KVCache:
+        """An empty cache of `max_len` rows in the layers' dtype, meant for `limit` tokens (default: as many)."""
+        return KVCache.create(self.config, max_len, self.module.format.dtype, limit=limit)
 
     def with_precision(self, precision: str) -> "Model":
         """The same weights at another precision, quantised by round-to-nearest; embedding and lm_head are shared."""
@@ -111,7 +111,7 @@ def logits(model: Model, token_ids: Sequence[int] | Int32[Array, "M"]) -> Float[
       UserError: no token, or an id outside the vocabulary.
     """
     tokens = check_tokens(token_ids, model.config)
-    return _forward(model.module, model.params, jnp.asarray(tokens), model.new_cache(-(-len(tokens) // 128) * 128))
+    return _forward(model.module, model.params, jnp.asarray(tokens), model.new_cache(len(tokens)))
 
 
 def check_tokens(token_ids: Sequence[int] | np.ndarray, config: LlamaConfig) -> np.ndarray:

@@ -21,6 +21,7 @@ class FakeDecoder:
     accept: int
     kill_at: int | None = None
     prompts: list = dataclasses.field(default_factory=list)
+    prefill_chunks: tuple = (32, 128)
 
     def generate(self, prompt_ids, max_new_tokens):
         if max_new_tokens > 2:  # not a warm-up

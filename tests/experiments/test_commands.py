@@ -51,6 +51,7 @@ def test_a_malformed_line(tmp_path, question_file):
     (["--methods=baseline,sepc"], "method 'sepc' is not known; choose of baseline, spec"),
     (["--method=spec", "--methods=baseline"], "choose one"),
     (["--answer_file=a.jsonl"], "--answer_file takes the answers of one method"),
+    (["--draft_precision=w3"], "precision 'w3' is not known; choose one of"),
     (["--top_k=5"], "need a --temperature above 0"),
     (["--temperature=1", "--top_p=0"], "top_p must lie in (0, 1]"),
     (["--draft_length=0"], "draft_length"),

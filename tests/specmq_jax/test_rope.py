@@ -1,7 +1,7 @@
 """Every rope type gives Hugging Face's logits.
 
 `rope_goldens.npz` was made by transformers 5.23 and torch 2.13 on a CPU in fp32, eager attention, one forward pass over
-`input_ids` (128 tokens; the last 32 rows are kept), for the configurations below with these weights: one
+`input_ids` (100 tokens; the last 32 rows are kept), for the configurations below with these weights: one
 np.random.default_rng(7) draws standard normals f32 for the tensors in the order of their sorted Hugging Face names; norms
 are 1 + 0.1 times the draw, matrices [out, in] the draw * in ** -0.5, twice that for q_proj and k_proj.
 """
