@@ -9,6 +9,7 @@ from absl import flags
 
 from experiments import methods, questions
 from specmq_jax import formats
+from specmq_jax.config import TreeConfig
 from specmq_jax.errors import UserError
 from specmq_jax.sampling import Greedy, Sampling
 
@@ -20,7 +21,7 @@ _METHODS = flags.DEFINE_list(
     "methods", None, f"Methods to run one after another, of {', '.join(methods.NAMES)}. Speedups are over baseline. "
     "Default: baseline,spec.")
 _DRAFTER = flags.DEFINE_string(
-    "drafter", None, "The small model that drafts for method spec, given like --model. Default: the target's own weights "
+    "drafter", None, "The small model of methods spec and hier, given like --model. Default: the target's own weights "
     "at --draft_precision.")
 _PRECISION = flags.DEFINE_string(
     "precision", None, "Weight format of the target, for example fp16 or w4a16, made by round-to-nearest when the model "
@@ -30,6 +31,16 @@ _DRAFT_PRECISION = flags.DEFINE_string(
     "demo model and w4a16 for others.")
 _DRAFT_LENGTH = flags.DEFINE_integer(
     "draft_length", 4, "Tokens that method spec drafts a round.", lower_bound=1)
+_EAGLE = flags.DEFINE_string(
+    "eagle", None, "Directory of an EAGLE head in the official layout: the target's for methods eagle2 and eagle3, the small "
+    "model's for hier.")
+_TREE_DEPTH = flags.DEFINE_integer("tree_depth", 6, "Levels of tokens that an EAGLE head drafts.", lower_bound=1)
+_TREE_TOP_K = flags.DEFINE_integer("tree_top_k", 10, "Candidates of each node, and nodes kept of each level.", lower_bound=1)
+_TREE_SIZE = flags.DEFINE_integer("tree_size", 60, "Nodes of the tree that are verified, the root counted.", lower_bound=2)
+_MIN_DRAFT_LENGTH = flags.DEFINE_integer(
+    "min_draft_length", 6, "Tokens that method hier drafts at least before the target verifies.", lower_bound=1)
+_DRAFT_MODEL_START = flags.DEFINE_bool(
+    "draft_model_start", False, "The small model of method hier drafts each round's first token by itself.")
 _QUESTION_FILE = flags.DEFINE_string(
     "question_file", None, "Questions, one JSON object a line: question_id, category, turns. Default: eight of the "
     "package's own, two turns each.")
@@ -98,7 +109,10 @@ def settings(experiment: str) -> Settings:
     gpu = jax.default_backend() != "cpu"
     models = methods.Models(
         target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,
-        draft_precision=_DRAFT_PRECISION.value)
+        draft_precision=_DRAFT_PRECISION.value, eagle=_EAGLE.value, tree=TreeConfig(
+            depth=_TREE_DEPTH.value, top_k=_TREE_TOP_K.value, size=_TREE_SIZE.value),
+        min_draft_length=_MIN_DRAFT_LENGTH.value, draft_model_start=_DRAFT_MODEL_START.value)
+    models.check(chosen)
     return Settings(
         models=models, methods=chosen, question_file=pathlib.Path(_QUESTION_FILE.value or questions.SMALL),
         question_begin=_QUESTION_BEGIN.value, question_end=_QUESTION_END.value,

@@ -22,6 +22,9 @@ class Models:
       drafter: like `target`; None is the target's own weights.
       draft_precision: None is as stored for a `drafter`, and a 4-bit format for the target's own weights.
       draft_length: tokens that the small model drafts a round.
+      eagle: directory of an EAGLE head: the target's, or the small model's where that one drafts (hier).
+      tree: shape of the head's tree.
+      min_draft_length, draft_model_start: of the hierarchy, as in `specmq_jax.HierarchicalDrafter`.
     """
 
     target: str | None = None
@@ -29,10 +32,20 @@ class Models:
     drafter: str | None = None
     draft_precision: str | None = None
     draft_length: int = 4
+    eagle: str | None = None
+    tree: sm.TreeConfig = sm.TreeConfig()
+    min_draft_length: int = 6
+    draft_model_start: bool = False
 
     @property
     def target_name(self) -> str:
         return pathlib.Path(self.target).resolve().name if self.target else DEMO_NAME
+
+    def check(self, methods: Sequence[str]) -> None:
+        """Raises a `UserError` where a method lacks what it needs, before anything is loaded."""
+        for method in methods:
+            if "eagle" in METHODS[method].settings and self.eagle is None:
+                raise UserError(f"method {method} drafts with an EAGLE head; give its directory with --eagle=DIR")
 
     @property
     def self_draft_precision(self) -> str:
@@ -115,19 +128,46 @@ def _plain(bench: Workbench) -> None:
 
 
 def _chain(bench: Workbench) -> sm.ChainDrafter:
+    return sm.ChainDrafter(_small_model(bench), length=bench.models.draft_length)
+
+
+def _small_model(bench: Workbench) -> sm.Model:
     models = bench.models
     if models.drafter is None:
-        draft = bench.target.with_precision(models.self_draft_precision)
-    else:
-        draft = sm.load(models.drafter, precision=models.draft_precision)
-        if tokens.load_tokenizer(draft.directory).get_vocab() != bench.tokenizer.get_vocab():
-            raise UserError(f"the drafter {models.drafter} has another tokenizer than {models.target_name}; choose a "
-                            "draft model of the target's family")
-    return sm.ChainDrafter(draft, length=models.draft_length)
+        return bench.target.with_precision(models.self_draft_precision)
+    draft = sm.load(models.drafter, precision=models.draft_precision)
+    if tokens.load_tokenizer(draft.directory).get_vocab() != bench.tokenizer.get_vocab():
+        raise UserError(f"the drafter {models.drafter} has another tokenizer than {models.target_name}; choose a draft "
+                        "model of the target's family")
+    return draft
 
 
+def _eagle(version: int | None) -> Callable[[Workbench], sm.EagleDrafter]:
+    return lambda bench: _tree(bench.models, bench.target, version)
+
+
+def _tree(models: Models, verifier: sm.Model, version: int | None) -> sm.EagleDrafter:
+    """An EAGLE drafter for the model that verifies its trees; None takes a head of either version."""
+    head = sm.load_head(models.eagle, verifier)
+    if version not in (None, head.config.version):
+        raise UserError(f"{models.eagle} holds an EAGLE-{head.config.version} head; run --method=eagle"
+                        f"{head.config.version}")
+    return sm.EagleDrafter(head, tree=models.tree)
+
+
+def _hierarchical(bench: Workbench) -> sm.HierarchicalDrafter:
+    small = _small_model(bench)
+    return sm.HierarchicalDrafter(small, _tree(bench.models, small, None), bench.models.min_draft_length,
+                                  bench.models.draft_model_start)
+
+
+_TREE = ("eagle", "tree")
 METHODS: Mapping[str, Method] = {
     "baseline": Method(drafter=_plain),
     "spec": Method(drafter=_chain, settings=("drafter", "draft_precision", "draft_length")),
+    "eagle2": Method(drafter=_eagle(2), settings=_TREE),
+    "eagle3": Method(drafter=_eagle(3), settings=_TREE),
+    "hier": Method(drafter=_hierarchical, settings=("drafter", "draft_precision", *_TREE, "min_draft_length",
+                                                    "draft_model_start")),
 }
 NAMES = tuple(METHODS)

@@ -177,7 +177,11 @@ def _identity(settings: Settings, method: str, asked: Sequence[Question]) -> dic
         "max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length,
         "sampling": repr(settings.sampling), "seed": settings.seed, "device": metrics.device_name(),
         "jax": jax.__version__,
-        **{field: getattr(models, field) for field in methods.METHODS[method].settings}}
+        **{field: _recorded(getattr(models, field)) for field in methods.METHODS[method].settings}}
+
+
+def _recorded(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else repr(value)
 
 
 def _place(model: str | None) -> str | None:

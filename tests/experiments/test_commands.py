@@ -50,6 +50,8 @@ def test_a_malformed_line(tmp_path, question_file):
 @pytest.mark.parametrize(("arguments", "fault"), [
     (["--methods=baseline,sepc"], "method 'sepc' is not known; choose of baseline, spec"),
     (["--method=spec", "--methods=baseline"], "choose one"),
+    (["--method=eagle2"], "method eagle2 drafts with an EAGLE head; give its directory with --eagle=DIR"),
+    (["--tree_depth=1", "--tree_size=60"], "has 10 candidates; size 60 needs 59"),
     (["--answer_file=a.jsonl"], "--answer_file takes the answers of one method"),
     (["--draft_precision=w3"], "precision 'w3' is not known; choose one of"),
     (["--top_k=5"], "need a --temperature above 0"),
@@ -60,6 +62,22 @@ def test_a_malformed_line(tmp_path, question_file):
 ])
 def test_contradictory_or_unknown_flags(arguments, fault):
     fails_with(command("mt_bench", *arguments), fault)
+
+
+@pytest.mark.slow
+def test_every_method_runs_by_flags_alone_and_answers_as_the_baseline(tmp_path):
+    data = ROOT / "tests" / "data"
+    result = command("mt_bench", f"--model={data / 'checkpoints' / 'fp16'}", "--methods=baseline,spec,eagle2,hier",
+                     f"--eagle={data / 'eagle' / 'eagle2_head'}", "--draft_precision=w4a16-g64", "--tree_depth=3",
+                     "--tree_top_k=4", "--tree_size=12", "--max_new_tokens=16", "--question_end=1", "--max_length=900",
+                     f"--output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["methods"]) == ["baseline", "spec", "eagle2", "hier"]
+    assert all(figures["identical_share"] == 1 for figures in summary["methods"].values())
+    wrong = command("mt_bench", f"--model={data / 'checkpoints' / 'fp16'}", "--method=eagle3",
+                    f"--eagle={data / 'eagle' / 'eagle2_head'}", f"--output_dir={tmp_path / 'other'}")
+    fails_with(wrong, "holds an EAGLE-2 head; run --method=eagle2")
 
 
 def answer(ident, category, new_tokens, wall_time, accept_lengths):
