@@ -37,6 +37,10 @@ _EAGLE = flags.DEFINE_string(
 _TREE_DEPTH = flags.DEFINE_integer("tree_depth", 6, "Levels of tokens that an EAGLE head drafts.", lower_bound=1)
 _TREE_TOP_K = flags.DEFINE_integer("tree_top_k", 10, "Candidates of each node, and nodes kept of each level.", lower_bound=1)
 _TREE_SIZE = flags.DEFINE_integer("tree_size", 60, "Nodes of the tree that are verified, the root counted.", lower_bound=2)
+_VOCABULARY = flags.DEFINE_string(
+    "vocabulary", None, "Ranked vocabulary from checkpoints_tools.rank_vocabulary: the head scores its most frequent tokens.")
+_VOCABULARY_SIZE = flags.DEFINE_integer(
+    "vocabulary_size", 32768, "Tokens of --vocabulary that the head scores.", lower_bound=1)
 _MIN_DRAFT_LENGTH = flags.DEFINE_integer(
     "min_draft_length", 6, "Tokens that method hier drafts at least before the target verifies.", lower_bound=1)
 _DRAFT_MODEL_START = flags.DEFINE_bool(
@@ -111,6 +115,7 @@ def settings(experiment: str) -> Settings:
         target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,
         draft_precision=_DRAFT_PRECISION.value, eagle=_EAGLE.value, tree=TreeConfig(
             depth=_TREE_DEPTH.value, top_k=_TREE_TOP_K.value, size=_TREE_SIZE.value),
+        vocabulary=_VOCABULARY.value, vocabulary_size=_VOCABULARY_SIZE.value,
         min_draft_length=_MIN_DRAFT_LENGTH.value, draft_model_start=_DRAFT_MODEL_START.value)
     models.check(chosen)
     return Settings(

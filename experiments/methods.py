@@ -7,6 +7,7 @@ from typing import Any
 
 import specmq_jax as sm
 from specmq_jax import tokenizer as tokens
+from specmq_jax.drafters.vocabulary import cut_vocabulary, read_ranking
 from specmq_jax.errors import UserError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -24,6 +25,7 @@ class Models:
       draft_length: tokens that the small model drafts a round.
       eagle: directory of an EAGLE head: the target's, or the small model's where that one drafts (hier).
       tree: shape of the head's tree.
+      vocabulary, vocabulary_size: a ranked vocabulary, and how many of its tokens the head scores; None scores all.
       min_draft_length, draft_model_start: of the hierarchy, as in `specmq_jax.HierarchicalDrafter`.
     """
 
@@ -34,6 +36,8 @@ class Models:
     draft_length: int = 4
     eagle: str | None = None
     tree: sm.TreeConfig = sm.TreeConfig()
+    vocabulary: str | None = None
+    vocabulary_size: int = 32768
     min_draft_length: int = 6
     draft_model_start: bool = False
 
@@ -152,6 +156,11 @@ def _tree(models: Models, verifier: sm.Model, version: int | None) -> sm.EagleDr
     if version not in (None, head.config.version):
         raise UserError(f"{models.eagle} holds an EAGLE-{head.config.version} head; run --method=eagle"
                         f"{head.config.version}")
+    if models.vocabulary is not None:
+        ranked, size = read_ranking(models.vocabulary)
+        if size != verifier.config.vocab_size:
+            raise UserError(f"{models.vocabulary} ranks {size} tokens, the model has {verifier.config.vocab_size}")
+        head = cut_vocabulary(head, ranked, models.vocabulary_size)
     return sm.EagleDrafter(head, tree=models.tree)
 
 
@@ -161,7 +170,7 @@ def _hierarchical(bench: Workbench) -> sm.HierarchicalDrafter:
                                   bench.models.draft_model_start)
 
 
-_TREE = ("eagle", "tree")
+_TREE = ("eagle", "tree", "vocabulary", "vocabulary_size")
 METHODS: Mapping[str, Method] = {
     "baseline": Method(drafter=_plain),
     "spec": Method(drafter=_chain, settings=("drafter", "draft_precision", "draft_length")),

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def command(name, *arguments):
     return subprocess.run([sys.executable, "-m", f"experiments.{name}", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=300)
 
 
 def fails_with(result, *parts):
@@ -75,6 +75,16 @@ def test_every_method_runs_by_flags_alone_and_answers_as_the_baseline(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["methods"]) == ["baseline", "spec", "eagle2", "hier"]
     assert all(figures["identical_share"] == 1 for figures in summary["methods"].values())
+    ranking = tmp_path / "ranking.json"
+    made = subprocess.run([sys.executable, "-m", "checkpoints_tools.rank_vocabulary", str(data / "checkpoints" / "fp16"),
+                           str(ranking), f"--text={data / 'smollm2_135m_greedy.json'}"], cwd=ROOT, capture_output=True)
+    assert made.returncode == 0, made.stderr
+    result = command("mt_bench", f"--model={data / 'checkpoints' / 'fp16'}", "--methods=baseline,eagle2",
+                     f"--eagle={data / 'eagle' / 'eagle2_head'}", f"--vocabulary={ranking}", "--vocabulary_size=64",
+                     "--tree_depth=3", "--tree_top_k=4", "--tree_size=12", "--max_new_tokens=16", "--question_end=1",
+                     "--max_length=900", f"--output_dir={tmp_path / 'cut'}")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["methods"]["eagle2"]["identical_share"] == 1
     wrong = command("mt_bench", f"--model={data / 'checkpoints' / 'fp16'}", "--method=eagle3",
                     f"--eagle={data / 'eagle' / 'eagle2_head'}", f"--output_dir={tmp_path / 'other'}")
     fails_with(wrong, "holds an EAGLE-2 head; run --method=eagle2")

@@ -1,0 +1,78 @@
+"""Frequency-ranked vocabularies: the output stays what it was, and the ranking counts what the text holds."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from fakes import DATA
+
+import specmq_jax as sm
+from specmq_jax.drafters import vocabulary
+
+BASE, HEAD = DATA / "checkpoints" / "fp16", DATA / "eagle" / "eagle2_head"
+TREE = sm.TreeConfig(depth=3, top_k=4, size=12)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return sm.load(BASE, expand=True)
+
+
+@pytest.fixture(scope="module")
+def head(base):
+    return sm.load_head(HEAD, base)
+
+
+def test_a_cut_vocabulary_changes_no_token(base, head):
+    plain = sm.Decoder(base, config=sm.DecodeConfig(max_len=128))
+    golden = np.load(DATA / "eagle" / "trees.npz")
+    prompts = [golden[f"eagle2/p{i}/prompt"].tolist() for i in range(3)]
+    expected = [plain.generate(prompt, 32).tokens.tolist() for prompt in prompts]
+    ranked = vocabulary.rank(expected, base.config.vocab_size)
+    for size in (16, 200):
+        drafter = sm.EagleDrafter(vocabulary.cut_vocabulary(head, ranked, size), TREE)
+        decoder = sm.Decoder(base, drafter, sm.DecodeConfig(max_len=128))
+        found = [decoder.generate(prompt, 32) for prompt in prompts]
+        assert [g.tokens.tolist() for g in found] == expected
+        assert np.concatenate([g.accept_lengths for g in found]).mean() > 1.5
+
+
+def test_the_whole_vocabulary_gives_the_same_tree_and_a_part_only_its_tokens(base, head):
+    whole = np.random.default_rng(0).permutation(512).astype(np.int32)
+    trees = []
+    for cut in (head, vocabulary.cut_vocabulary(head, whole, 512), vocabulary.cut_vocabulary(head, whole, 40)):
+        drafter = sm.EagleDrafter(cut, TREE)
+        state = sm.Decoder(base, drafter, sm.DecodeConfig(max_len=128)).prefill([5, 9, 77, 300])
+        trees.append(jax.jit(drafter.propose)(drafter.params, state.drafter, state.tokens[state.length - 1])[0])
+    assert trees[0].tokens.tolist() == trees[1].tokens.tolist() and trees[0].parent.tolist() == trees[1].parent.tolist()
+    assert set(trees[2].tokens[1:].tolist()) <= set(whole[:40].tolist())
+
+
+def test_the_command_ranks_what_the_text_holds(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"turns": ["the the the", "a"], "id": 3}\n\n{"turns": ["the a"]}\n')
+    command = [sys.executable, "-m", "checkpoints_tools.rank_vocabulary", str(BASE), str(tmp_path / "out.json")]
+    done = subprocess.run([*command, f"--text={text}"], capture_output=True, text=True, cwd=DATA.parents[1])
+    assert done.returncode == 0, done.stderr
+    ranked, size = vocabulary.read_ranking(tmp_path / "out.json")
+    from specmq_jax.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(BASE)
+    counts = np.bincount([t for line in ("the the the", "a", "the a")
+                          for t in tokenizer.encode(line, add_special_tokens=False)], minlength=512)
+    assert size == 512 and np.all(np.diff(counts[ranked]) <= 0) and sorted(ranked.tolist()) == list(range(512))
+    again = subprocess.run([*command, f"--text={text}"], capture_output=True, text=True, cwd=DATA.parents[1])
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_errors_say_what_does_not_fit(head, tmp_path):
+    ranked = np.arange(512, dtype=np.int32)
+    with pytest.raises(sm.UserError, match="a vocabulary of 600 tokens can't be cut from 512 ranked ids"):
+        vocabulary.cut_vocabulary(head, ranked, 600)
+    with pytest.raises(sm.UserError, match="which can't be cut"):
+        vocabulary.cut_vocabulary(vocabulary.cut_vocabulary(head, ranked, 50), ranked, 40)
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(sm.UserError, match="is no ranked vocabulary"):
+        vocabulary.read_ranking(tmp_path / "x.json")
