@@ -28,6 +28,7 @@ class Answer:
       wall_time: seconds of each turn's decode loop.
       prefill_time: seconds of each turn's prefill; empty in files of other programs.
       accept_lengths: of all rounds of all turns.
+      draft_accept_lengths: of the rounds inside a hierarchical drafter; empty for others and in files of other programs.
       cut: why turns are missing, None where none is.
     """
 
@@ -39,6 +40,7 @@ class Answer:
     wall_time: tuple[float, ...]
     prefill_time: tuple[float, ...]
     accept_lengths: tuple[int, ...]
+    draft_accept_lengths: tuple[int, ...]
     cut: str | None
 
     @property
@@ -57,7 +59,7 @@ class Turn:
 
 
 def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str | None) -> dict[str, Any]:
-    """The JSON object of one question; each list has one entry a turn, but for accept_lengths, which joins them."""
+    """The JSON object of one question; each list has one entry a turn, but for the accept lengths, which join them."""
     made = [turn.generation for turn in turns]
     new_tokens = [len(g.tokens) for g in made]
     choice = {
@@ -69,6 +71,7 @@ def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str
         "new_tokens": new_tokens,
         "wall_time": [g.seconds for g in made],
         "accept_lengths": [int(length) for g in made for length in g.accept_lengths],
+        "draft_accept_lengths": [int(length) for g in made for length in g.draft_accept_lengths],
         "generate_speed": [count / g.seconds for count, g in zip(new_tokens, made, strict=True)],
         "prefill_time": [g.prefill_seconds for g in made],
         "draft_prefill_time": [g.draft_prefill_seconds for g in made],
@@ -206,7 +209,8 @@ def _parse(line: str, place: str) -> Answer:
             prompt_tokens=tuple(choice.get("prompt_tokens", ())),
             token_ids=tuple(tuple(ids) for ids in choice.get("token_ids", ())), new_tokens=tuple(choice["new_tokens"]),
             wall_time=tuple(choice["wall_time"]), prefill_time=tuple(choice.get("prefill_time", ())),
-            accept_lengths=tuple(choice["accept_lengths"]), cut=choice.get("cut"))
+            accept_lengths=tuple(choice["accept_lengths"]),
+            draft_accept_lengths=tuple(choice.get("draft_accept_lengths", ())), cut=choice.get("cut"))
     except KeyError as error:
         raise UserError(f"{place}: no answer of this format, {error.args[0]!r} is missing") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:

@@ -75,7 +75,9 @@ def print_table(summary: Summary, console: Console) -> None:
     for method in figures:
         table.add_column(method, justify="right", no_wrap=True)
     for name, show in _ROWS.items():
-        table.add_row(name.format(**summary), *(show(summary, method) for method in figures.values()))
+        values = [show(summary, method) for method in figures.values()]
+        if any(value != NO_VALUE for value in values):
+            table.add_row(name.format(**summary), *values)
     table.add_section()
     for length in range(1, max(len(method["accept_histogram"]) for method in figures.values()) + 1):
         name = f"rounds accepting {length} token{'s' if length > 1 else ''}"
@@ -93,11 +95,13 @@ def print_table(summary: Summary, console: Console) -> None:
 def _figures(result: Result, base: Result | None) -> dict[str, Any]:
     found, measured = result.answers, result.measured
     accepted = [length for answer in found for length in answer.accept_lengths]
+    inner = [length for answer in found for length in answer.draft_accept_lengths]
     seconds = sum(sum(answer.wall_time) for answer in found)
     return {
         "tokens_per_second": statistics.fmean(answer.speed for answer in found),
         "speedup": metrics.speedup(_speeds(found), _speeds(base.answers)) if base else None,
         "mean_accept_length": metrics.mean_accept_length(accepted),
+        "mean_draft_accept_length": metrics.mean_accept_length(inner) if inner else None,
         "accept_histogram": metrics.accept_histogram(accepted).tolist(),
         "identical_share": _identical_share(found, base.answers) if base else None,
         "prefill_time": measured["prefill"], "draft_time": measured["draft"], "verify_time": measured["verify"],
@@ -156,6 +160,8 @@ _ROWS: Mapping[str, Callable[[Summary, Summary], str]] = {
     "tokens/s": lambda summary, method: f"{method['tokens_per_second']:.1f}",
     "speedup": lambda summary, method: f"{method['speedup']:.2f}x" if method["speedup"] else NO_VALUE,
     "mean accept length": lambda summary, method: f"{method['mean_accept_length']:.2f}",
+    "mean accept length inside the drafter": lambda summary, method: (
+        f"{method['mean_draft_accept_length']:.2f}" if method["mean_draft_accept_length"] else NO_VALUE),
     "answers identical to baseline": lambda summary, method: _identical(method["identical_share"]),
     "prefill of {prefill_tokens} tokens, ms": _milliseconds("prefill_time"),
     "draft, ms a round": _milliseconds("draft_time"),

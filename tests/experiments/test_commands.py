@@ -75,6 +75,7 @@ def test_every_method_runs_by_flags_alone_and_answers_as_the_baseline(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["methods"]) == ["baseline", "spec", "eagle2", "hier"]
     assert all(figures["identical_share"] == 1 for figures in summary["methods"].values())
+    assert [name for name, figures in summary["methods"].items() if figures["mean_draft_accept_length"]] == ["hier"]
     ranking = tmp_path / "ranking.json"
     made = subprocess.run([sys.executable, "-m", "checkpoints_tools.rank_vocabulary", str(data / "checkpoints" / "fp16"),
                            str(ranking), f"--text={data / 'smollm2_135m_greedy.json'}"], cwd=ROOT, capture_output=True)
