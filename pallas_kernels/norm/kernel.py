@@ -28,8 +28,8 @@ def _body(*refs, eps: float, block: int, splits: int):
     residual_ref, *inputs, weight_ref, out_ref, normed_ref = refs
     row = pl.program_id(0)
     columns = residual_ref.shape[1]
-    lanes = pl.ds(0, block)
-    mask = None if block == columns else jnp.arange(block) < columns
+    lanes = jnp.arange(block)  # not pl.ds: JAX 0.12 refuses a slice past the end, masked or not
+    mask = None if block == columns else lanes < columns
     other = None if mask is None else 0.0
     total = plgpu.load(residual_ref.at[row, lanes], mask=mask, other=other)
     for split in range(splits):
