@@ -51,6 +51,9 @@ class Head:
 
     def check(self, target: LlamaConfig) -> None:
         """Raises a `UserError` where the head was made for a target of other sizes."""
+        if not all(0 <= layer < target.num_layers for layer in self.capture):
+            raise UserError(f"an EAGLE-3 head reads the target's layers {self.capture}; this target has "
+                            f"{target.num_layers}, at least 4 are needed")
         width = target.hidden_size * max(1, len(self.capture))
         if self.config.feature_size != width or self.config.vocab_size != target.vocab_size:
             raise UserError(f"the EAGLE head reads states of width {self.config.feature_size} over a vocabulary of "

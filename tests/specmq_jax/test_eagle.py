@@ -212,6 +212,8 @@ def test_errors_name_what_does_not_fit(bases, tmp_path):
     with pytest.raises(sm.UserError, match="the EAGLE head reads states of width"):
         sm.load_head(DATA / "eagle" / "eagle2_head", sm.random_model(dataclasses.replace(
             base.config, hidden_size=128), "fp32"))
+    with pytest.raises(sm.UserError, match="this target has 2, at least 4 are needed"):
+        sm.load_head(DATA / "eagle" / "eagle3_head", base)
     with pytest.raises(sm.UserError, match="has 10 candidates; size 60 needs 59"):
         sm.TreeConfig(depth=1, top_k=10, size=60)
     head = sm.load_head(DATA / "eagle" / "eagle3_head", bases["eagle3"])
