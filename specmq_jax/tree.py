@@ -1,6 +1,5 @@
 """The tree of drafted tokens that one verification pass checks."""
 
-import math
 from typing import Self
 
 import flax.struct
@@ -62,12 +61,12 @@ class DraftTree:
     @classmethod
     def from_parents(cls, tokens: Int32[Array, "T"], parent: Int32[Array, "T"], *, max_depth: int) -> Self:
         """Builds depth and mask; `parent[i] < i` for every node but the root."""
-        size = tokens.shape[0]
-        reach = jnp.eye(size, dtype=jnp.float32).at[jnp.arange(size), parent].set(1.0)
-        for _ in range(math.ceil(math.log2(size)) if size > 1 else 0):
-            reach = jnp.minimum(reach @ reach, 1.0)
-        mask = reach > 0
-        return cls(tokens=tokens, parent=parent, depth=mask.sum(1, dtype=jnp.int32) - 1, mask=mask, max_depth=max_depth)
+        mask, above = jnp.eye(tokens.shape[0], dtype=bool), parent
+        for _ in range(max_depth.bit_length()):  # each turn doubles the generations that the mask holds
+            mask, above = mask | mask[above], above[above]
+        # The root is left out of the sum, not subtracted from it, which on a GPU would be a launch of its own.
+        depth = jnp.sum(mask & (jnp.arange(tokens.shape[0]) > 0), axis=1, dtype=jnp.int32)
+        return cls(tokens=tokens, parent=parent, depth=depth, mask=mask, max_depth=max_depth)
 
     def accept(self, targets: Int32[Array, "T"]) -> Accepted:
         """Walks from the root to children that carry the target's choice.
@@ -77,8 +76,9 @@ class DraftTree:
         """
         right = (self.tokens == targets[self.parent]).at[0].set(True)
         alive = jnp.all(right[None, :] | ~self.mask, axis=1)
-        best = jnp.argmax(jnp.where(alive, self.depth, -1))
+        length = jnp.where(alive, self.depth + 1, 0)
+        best = jnp.argmax(length)
         levels = jnp.arange(self.max_depth + 1, dtype=jnp.int32)
         on_path = self.mask[best][None, :] & (self.depth[None, :] == levels[:, None])
         path = jnp.argmax(on_path, axis=1).astype(jnp.int32)
-        return Accepted(path=path, nodes=self.tokens[path], tokens=targets[path], count=self.depth[best] + 1)
+        return Accepted(path=path, nodes=self.tokens[path], tokens=targets[path], count=jnp.max(length))

@@ -1,6 +1,7 @@
 """EAGLE-2's dynamic tree: grown level by level from a head's most likely paths, then cut to the best nodes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.top_k import api as top_k_kernels
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig, TreeConfig
 from specmq_jax.errors import UserError
@@ -43,20 +45,23 @@ class Candidates:
     tokens: Int32[Array, "C"]
     parents: Int32[Array, "C"]
 
-    def join(self, other: "Candidates") -> "Candidates":
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self, other)
+    @classmethod
+    def join(cls, levels: Sequence["Candidates"]) -> "Candidates":
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *levels)
 
     def prune(self, root: Int32[Array, ""], tree: TreeConfig) -> DraftTree:
         """The `tree.size` - 1 best candidates behind the root, in order of drafting.
 
         Scores never rise along a path and ties go to the lower index, so a chosen node's parent is chosen too.
         """
-        chosen = jnp.sort(jax.lax.top_k(self.scores, tree.size - 1)[1]).astype(jnp.int32)
-        place = jnp.zeros(tree.candidates, jnp.int32).at[chosen].set(jnp.arange(1, tree.size, dtype=jnp.int32))
-        above = self.parents[chosen]
-        parent = jnp.where(above < 0, 0, place[above])
-        return DraftTree.from_parents(jnp.append(root, self.tokens[chosen]), jnp.append(0, parent).astype(jnp.int32),
-                                      max_depth=tree.depth)
+        chosen = top_k_kernels.ranks(self.scores) < tree.size - 1
+        # Counts over pairs, which a GPU runs in one launch each: a sort, a cumulative sum or a scatter takes several.
+        index, node = jnp.arange(tree.candidates), jnp.arange(tree.size)
+        place = jnp.sum(chosen & (index <= index[:, None]), axis=1, dtype=jnp.int32)
+        candidate = jnp.sum(place < node[:, None], axis=1, dtype=jnp.int32)
+        above = self.parents[candidate]
+        return DraftTree.from_parents(jnp.where(node == 0, root, self.tokens[candidate]),
+                                      jnp.where(above < 0, 0, place[above]), max_depth=tree.depth)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,20 +121,19 @@ class EagleDrafter:
         k = self.tree.top_k
         scores, tokens = self._best(params, state.feature[None])
         frontier, tokens, index = scores[0], tokens[0], jnp.arange(k, dtype=jnp.int32)
-        candidates = Candidates(scores=frontier, tokens=tokens, parents=jnp.full(k, -1, jnp.int32))
+        levels = [Candidates(scores=frontier, tokens=tokens, parents=jnp.full(k, -1, jnp.int32))]
         features = jnp.broadcast_to(state.feature, (k, state.feature.shape[0]))
         seen, cache = jnp.eye(k, dtype=bool), state.cache
         for level in range(1, self.tree.depth):
             features, cache = self._expand(params, cache, tokens, features, seen, level)
             scores, best = self._best(params, features)
             scores, best = (scores + frontier[:, None]).reshape(-1), best.reshape(-1)
-            first = candidates.scores.shape[0]
-            candidates = candidates.join(Candidates(scores=scores, tokens=best, parents=jnp.repeat(index, k)))
-            frontier, chosen = jax.lax.top_k(scores, k)
-            row = chosen // k
-            tokens, features, index = best[chosen], features[row], first + chosen.astype(jnp.int32)
+            levels.append(Candidates(scores=scores, tokens=best, parents=jnp.repeat(index, k)))
+            frontier, chosen = top_k_kernels.top_k_small(scores, k)
+            row, first = chosen // k, k + (level - 1) * k * k
+            tokens, features, index = best[chosen], features[row], first + chosen
             seen = jnp.concatenate([seen[row], jnp.eye(k, dtype=bool)], axis=1)
-        return candidates.prune(root, self.tree), state.replace(cache=cache)
+        return Candidates.join(levels).prune(root, self.tree), state.replace(cache=cache)
 
     def advance(self, params: Any, state: EagleState, accepted: Accepted) -> EagleState:
         return self._commit(params, state, accepted.tokens, accepted.features, accepted.count)
@@ -159,5 +163,5 @@ class EagleDrafter:
     def _best(self, params: Any, features: Float[Array, "M D"]) -> tuple[Float[Array, "M K"], Int32[Array, "M K"]]:
         """Log-probabilities and target ids of each row's top_k tokens."""
         logits = self.head.module.apply(params["head"], features, method="logits")
-        scores, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), self.tree.top_k)
-        return scores, ids.astype(jnp.int32) if params["ids"] is None else params["ids"][ids]
+        scores, ids = top_k_kernels.log_softmax_top_k(logits, self.tree.top_k)
+        return scores, ids if params["ids"] is None else params["ids"][ids]
