@@ -123,8 +123,12 @@ class Decoder:
         slack = max(self.drafter.tree_size, self.drafter.scratch_rows, *self.prefill_chunks)
         self._capacity = -(-(self.config.max_len + slack) // 128) * 128
         check_room(self.state_bytes, f"decoding state for {self.config.max_len} tokens")
+        (self._device,) = jax.tree.leaves(target.params)[0].devices()
+        # counts of rounds that lie on the device, so that starting some moves nothing there
+        self._one, self._all = self._placed((jnp.int32(1), jnp.int32(self._capacity)))
         self._ingest = jax.jit(self._ingest_chunk, donate_argnums=1)
         self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
+        self._score = jax.jit(self._logits_of)
         self._draw = jax.jit(self._draw_after)
         self._run = jax.jit(self._run_rounds, donate_argnums=1)
         self._time_draft = jax.jit(self._repeat_draft, donate_argnums=1)
@@ -156,14 +160,14 @@ class Decoder:
 
     def round(self, state: DecodeState) -> DecodeState:
         """One round: propose, verify, accept, advance. The state given is consumed; a finished one comes back as is."""
-        return self._run(self.params, state, 1)
+        return self._run(self.params, state, self._one)
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
                  ) -> Generation:
         """Prefills and decodes to the end in one jitted loop; arguments and errors as in `prefill`."""
         state, prefill_seconds, draft_prefill_seconds = self._timed_prefill(prompt_ids, max_new_tokens, seed)
         start = time.perf_counter()
-        state = jax.block_until_ready(self._run(self.params, state, self._capacity))
+        state = jax.block_until_ready(self._run(self.params, state, self._all))
         seconds = time.perf_counter() - start
         length, limit, rounds = int(state.length), int(state.limit), int(state.rounds)
         tokens = np.asarray(state.tokens)[len(prompt_ids):length]
@@ -176,14 +180,19 @@ class Decoder:
                rounds: int = 4) -> Iterator[list[int]]:
         """Yields new token ids as they are committed, `rounds` rounds at a time; the same tokens as `generate`."""
         state = self.prefill(prompt_ids, max_new_tokens, seed=seed)
-        sent = len(prompt_ids)
+        sent, most = len(prompt_ids), self._placed(jnp.int32(rounds))
         while True:
             length, done = int(state.length), bool(state.done)
             yield np.asarray(state.tokens)[sent:length].tolist()
             if done:
                 return
             sent = length
-            state = self._run(self.params, state, rounds)
+            state = self._run(self.params, state, most)
+
+    def next_logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "V"]:
+        """f32 scores of the target for the token behind these, from the same compiled passes as a prefill; errors as there."""
+        hidden, _, _ = self._ingest_all(self._checked(token_ids))
+        return np.asarray(self._score(self.target.params, hidden), np.float32)[0]
 
     def bytes_per_round(self, live_length: int) -> int:
         """Bytes one round must read: each weight the target and the drafter use, once a pass, and the target's live
@@ -205,12 +214,13 @@ class Decoder:
 
         def fresh() -> DecodeState:
             state = self.prefill(prompt_ids)
-            return jax.block_until_ready(state.replace(done=jnp.asarray(False), stop_tokens=-jnp.ones_like(
-                state.stop_tokens)))
+            return jax.block_until_ready(self._placed(state.replace(
+                done=jnp.asarray(False), stop_tokens=-jnp.ones_like(state.stop_tokens))))
 
-        def median(loop: Callable[[Params, DecodeState, int], Any]) -> float:
-            jax.block_until_ready(loop(self.params, fresh(), rounds))
-            return statistics.median(_seconds(lambda s: loop(self.params, s, rounds), fresh()) for _ in range(repeats)
+        def median(loop: Callable[[Params, DecodeState, Array], Any]) -> float:
+            times = self._placed(jnp.int32(rounds))
+            jax.block_until_ready(loop(self.params, fresh(), times))
+            return statistics.median(_seconds(lambda s: loop(self.params, s, times), fresh()) for _ in range(repeats)
                                      ) / rounds
 
         fresh()
@@ -221,21 +231,15 @@ class Decoder:
     def _timed_prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None, seed: int | None
                        ) -> tuple[DecodeState, float, float]:
         """The state, and the seconds that the target's and the drafter's passes over the prompt took."""
-        prompt = check_tokens(prompt_ids, self.target.config)
-        if len(prompt) >= self.config.max_len:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {self.config.max_len} with at least "
-                            "one new token; shorten the prompt or raise max_len")
+        prompt = self._checked(prompt_ids)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
         key = jax.random.key(self.config.seed if seed is None else seed)
         start = time.perf_counter()
-        cache, chunks = self.target.new_cache(self._capacity, limit=self.config.max_len), []
-        for tokens, count in self._split(prompt):
-            hidden, features, cache = self._ingest(self.target.params, cache, tokens, count)
-            chunks.append((tokens, count, features))
+        hidden, cache, chunks = self._ingest_all(prompt)
         first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
         middle = time.perf_counter()
-        drafter = self.drafter.init(self._capacity)
+        drafter = self._placed(self.drafter.init(self._capacity))
         following = np.append(prompt[1:], int(first)).astype(np.int32)
         for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
             drafter = self._ingest_drafter(self.drafter.params, drafter, tokens, next_tokens, features,
@@ -245,6 +249,21 @@ class Decoder:
         room = self.config.max_len - len(prompt)
         limit = len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))
         return self._start(prompt, first, limit, cache, drafter, key), middle - start, end - middle
+
+    def _checked(self, prompt_ids: Sequence[int]) -> Int32[np.ndarray, "n"]:
+        prompt = check_tokens(prompt_ids, self.target.config)
+        if len(prompt) >= self.config.max_len:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {self.config.max_len} with at least "
+                            "one new token; shorten the prompt or raise max_len")
+        return prompt
+
+    def _ingest_all(self, prompt: Int32[np.ndarray, "n"]) -> tuple[Float[Array, "1 D"], KVCache, list[tuple[Any, ...]]]:
+        """The target's pass over the prompt: its last state, the cache, and each chunk's tokens, count and features."""
+        cache, chunks = self._placed(self.target.new_cache(self._capacity, limit=self.config.max_len)), []
+        for tokens, count in self._split(prompt):
+            hidden, features, cache = self._ingest(self.target.params, cache, tokens, count)
+            chunks.append((tokens, count, features))
+        return hidden, cache, chunks
 
     def _split(self, prompt: Int32[np.ndarray, "n"]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
         """The prompt in padded chunks of the few lengths that are compiled, each with its count of real tokens."""
@@ -263,7 +282,12 @@ class Decoder:
             tokens=tokens, length=np.int32(length), limit=np.int32(limit),
             done=np.bool_(length >= limit or int(first) in self.config.stop_tokens), cache=cache, drafter=drafter,
             key=key, stop_tokens=stops, accept_lengths=np.zeros(self._capacity, np.int32), rounds=np.int32(0))
-        return jax.tree.map(jnp.asarray, state)
+        return self._placed(state)
+
+    def _placed(self, tree: Any) -> Any:
+        """The same arrays, bound to the target's device as what comes out of a jitted function of its weights is: a function
+        given the one and then the other would be compiled twice."""
+        return jax.device_put(tree, self._device)
 
     def _ingest_chunk(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"], count: Int32[Array, ""]
                       ) -> tuple[Float[Array, "1 D"], Float[Array, "M F"], KVCache]:
@@ -271,10 +295,12 @@ class Decoder:
         hidden, features, cache = self._module.apply(params, tokens, cache)
         return hidden[count - 1][None], features, cache.rewind(cache.length + count)
 
+    def _logits_of(self, params: Any, hidden: Float[Array, "1 D"]) -> Float[Array, "1 V"]:
+        return self._module.apply(params, hidden, method="logits")
+
     def _draw_after(self, params: Any, hidden: Float[Array, "1 D"], position: Int32[Array, ""], key: Array
                     ) -> Int32[Array, ""]:
-        logits = self._module.apply(params, hidden, method="logits")
-        return self.config.sampling(logits, jnp.asarray(position)[None], key)[0]
+        return self.config.sampling(self._logits_of(params, hidden), jnp.asarray(position)[None], key)[0]
 
     def _run_rounds(self, params: Params, state: DecodeState, most: Int32[Array, ""]) -> DecodeState:
         """Rounds until the sequence is done, `most` of them at most."""

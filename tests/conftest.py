@@ -1,32 +1,51 @@
-"""Counts the GPU cases that a machine without a GPU leaves out, and offers the models that several tests share."""
+"""Counts the cases that a machine without a GPU or without PyTorch leaves out, and offers the models that several tests
+share."""
 
+import importlib.util
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import pytest
 
 
-def _has_gpu() -> bool:
-    return jax.default_backend() == "gpu"
+class Need(NamedTuple):
+    """What the tests of a marker need, and what to say where it is missing."""
+
+    is_met: Callable[[], bool]
+    missing: str
+    left_out: str
+
+
+NEEDS = {
+    "gpu": Need(lambda: jax.default_backend() == "gpu", "JAX sees no GPU here",
+                "need a GPU and were not run (python -m pytest -m gpu on one)"),
+    "torch": Need(lambda: importlib.util.find_spec("torch") is not None, "PyTorch is not installed",
+                  "need PyTorch and were not run (pip install 'specmq-jax[torch]')"),
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _has_gpu():
-        return
-    needing = [item for item in items if item.get_closest_marker("gpu")]
-    if needing and config.option.markexpr == "gpu":
-        raise pytest.UsageError(f"{len(needing)} tests were asked for by -m gpu, and JAX sees no GPU here")
-    config.hook.pytest_deselected(items=needing)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    config.stash[_LEFT_OUT] = len(needing)
+    left_out = {}
+    for marker, need in NEEDS.items():
+        needing = [item for item in items if item.get_closest_marker(marker)]
+        if not needing or need.is_met():
+            continue
+        if config.option.markexpr == marker:
+            raise pytest.UsageError(f"{len(needing)} tests were asked for by -m {marker}, and {need.missing}")
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
+        left_out[marker] = len(needing)
+    config.stash[_LEFT_OUT] = left_out
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} tests need a GPU and were not run (python -m pytest -m gpu on one)")
+    for marker, count in config.stash.get(_LEFT_OUT, {}).items():
+        terminalreporter.write_line(f"{count} tests {NEEDS[marker].left_out}")
 
 
-_LEFT_OUT = pytest.StashKey[int]()
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from fakes import DATA
+from test_eagle import prompts
 
 import specmq_jax as sm
 from specmq_jax.drafters import vocabulary
@@ -25,18 +26,24 @@ def head(base):
     return sm.load_head(HEAD, base)
 
 
-def test_a_cut_vocabulary_changes_no_token(base, head):
-    plain = sm.Decoder(base, config=sm.DecodeConfig(max_len=128))
-    golden = np.load(DATA / "eagle" / "trees.npz")
-    prompts = [golden[f"eagle2/p{i}/prompt"].tolist() for i in range(3)]
-    expected = [plain.generate(prompt, 32).tokens.tolist() for prompt in prompts]
-    ranked = vocabulary.rank(expected, base.config.vocab_size)
-    for size in (16, 200):
-        drafter = sm.EagleDrafter(vocabulary.cut_vocabulary(head, ranked, size), TREE)
-        decoder = sm.Decoder(base, drafter, sm.DecodeConfig(max_len=128))
-        found = [decoder.generate(prompt, 32) for prompt in prompts]
-        assert [g.tokens.tolist() for g in found] == expected
-        assert np.concatenate([g.accept_lengths for g in found]).mean() > 1.5
+@pytest.mark.parametrize("sampling", [sm.Greedy(), sm.Sampling(temperature=0.9, top_k=50)])
+@pytest.mark.parametrize(("size", "hierarchical"), [(16, False), (200, False), (200, True)])
+def test_a_cut_vocabulary_changes_no_token(base, head, sampling, size, hierarchical):
+    config = sm.DecodeConfig(max_len=128, sampling=sampling)
+    plain = sm.Decoder(base, config=config)
+    expected = [plain.generate(prompt, 24, seed=seed).tokens.tolist() for seed, prompt in enumerate(prompts(20))]
+    ranked = vocabulary.rank(expected[:3], base.config.vocab_size)
+    drafter = sm.EagleDrafter(vocabulary.cut_vocabulary(head, ranked, size), TREE)
+    if hierarchical:
+        drafter = sm.HierarchicalDrafter(base, drafter, 3)
+    decoder = sm.Decoder(base, drafter, config)
+    lengths = []
+    for seed, (prompt, tokens) in enumerate(zip(prompts(20), expected, strict=True)):
+        found = decoder.generate(prompt, 24, seed=seed)
+        assert found.tokens.tolist() == tokens
+        assert [t for part in decoder.stream(prompt, 24, seed=seed) for t in part] == tokens
+        lengths.extend(found.accept_lengths)
+    assert max(lengths) > 1, "drafts must have been accepted"
 
 
 def test_the_whole_vocabulary_gives_the_same_tree_and_a_part_only_its_tokens(base, head):
