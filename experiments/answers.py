@@ -23,7 +23,8 @@ class Answer:
     Attributes:
       question_id, category: of the question.
       prompt_tokens: of each turn; empty in files of other programs.
-      token_ids: of each turn's answer; empty in files of other programs.
+      texts: each turn's answer; empty in files of other programs.
+      token_ids: the same as token ids; empty in files of other programs.
       new_tokens: of each turn, the first and a stop token counted.
       wall_time: seconds of each turn's decode loop.
       prefill_time: seconds of each turn's prefill; empty in files of other programs.
@@ -35,6 +36,7 @@ class Answer:
     question_id: int | str
     category: str
     prompt_tokens: tuple[int, ...]
+    texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     new_tokens: tuple[int, ...]
     wall_time: tuple[float, ...]
@@ -206,7 +208,7 @@ def _parse(line: str, place: str) -> Answer:
         choice = found["choices"][0]
         answer = Answer(
             question_id=found["question_id"], category=found["category"],
-            prompt_tokens=tuple(choice.get("prompt_tokens", ())),
+            prompt_tokens=tuple(choice.get("prompt_tokens", ())), texts=tuple(choice.get("turns", ())),
             token_ids=tuple(tuple(ids) for ids in choice.get("token_ids", ())), new_tokens=tuple(choice["new_tokens"]),
             wall_time=tuple(choice["wall_time"]), prefill_time=tuple(choice.get("prefill_time", ())),
             accept_lengths=tuple(choice["accept_lengths"]),

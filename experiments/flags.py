@@ -13,13 +13,35 @@ from specmq_jax.config import TreeConfig
 from specmq_jax.errors import UserError
 from specmq_jax.sampling import Greedy, Sampling
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Defaults:
+    """What suits a kind of device where a flag is left out."""
+
+    tree_depth: int
+    tree_top_k: int
+    tree_size: int
+    min_draft_length: int
+    max_new_tokens: int
+    max_length: int
+
+
+# a CPU pays for each row that the target verifies, a GPU hardly
+_CPU = _Defaults(tree_depth=3, tree_top_k=2, tree_size=4, min_draft_length=3, max_new_tokens=64, max_length=1024)
+_GPU = _Defaults(tree_depth=5, tree_top_k=8, tree_size=32, min_draft_length=6, max_new_tokens=512, max_length=4096)
+
+
+def _by_device(field: str) -> str:
+    return f"Default: {getattr(_CPU, field)} on a CPU, {getattr(_GPU, field)} on a GPU."
+
+
 _MODEL = flags.DEFINE_string(
     "model", None, "The target: a checkpoint directory, a GGUF file or a Hugging Face hub name. Default: the demo model "
     "SmolLM2-135M-Instruct, fetched on first use.")
 _METHOD = flags.DEFINE_enum("method", None, list(methods.NAMES), "One method to run; instead of --methods.")
 _METHODS = flags.DEFINE_list(
     "methods", None, f"Methods to run one after another, of {', '.join(methods.NAMES)}. Speedups are over baseline. "
-    "Default: baseline,spec.")
+    "Default: all of them for the demo model, baseline,spec for others.")
 _DRAFTER = flags.DEFINE_string(
     "drafter", None, "The small model of methods spec and hier, given like --model. Default: the target's own weights "
     "at --draft_precision.")
@@ -31,18 +53,23 @@ _DRAFT_PRECISION = flags.DEFINE_string(
     "demo model and w4a16 for others.")
 _DRAFT_LENGTH = flags.DEFINE_integer(
     "draft_length", 4, "Tokens that method spec drafts a round.", lower_bound=1)
-_EAGLE = flags.DEFINE_string(
-    "eagle", None, "Directory of an EAGLE head in the official layout: the target's for methods eagle2 and eagle3, the small "
-    "model's for hier.")
-_TREE_DEPTH = flags.DEFINE_integer("tree_depth", 6, "Levels of tokens that an EAGLE head drafts.", lower_bound=1)
-_TREE_TOP_K = flags.DEFINE_integer("tree_top_k", 10, "Candidates of each node, and nodes kept of each level.", lower_bound=1)
-_TREE_SIZE = flags.DEFINE_integer("tree_size", 60, "Nodes of the tree that are verified, the root counted.", lower_bound=2)
+_EAGLE = flags.DEFINE_list(
+    "eagle", None, "Directories of EAGLE heads in the official layout, one of a version: the target's for methods eagle2 and "
+    "eagle3, the small model's for hier, which takes the first. Default: the demo model's own heads.")
+_TREE_DEPTH = flags.DEFINE_integer(
+    "tree_depth", None, f"Levels of tokens that an EAGLE head drafts. {_by_device('tree_depth')}", lower_bound=1)
+_TREE_TOP_K = flags.DEFINE_integer(
+    "tree_top_k", None, f"Candidates of each node, and nodes kept of each level. {_by_device('tree_top_k')}", lower_bound=1)
+_TREE_SIZE = flags.DEFINE_integer(
+    "tree_size", None, f"Nodes of the tree that are verified, the root counted. {_by_device('tree_size')} Fewer where the "
+    "other two flags allow no more.", lower_bound=2)
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Ranked vocabulary from checkpoints_tools.rank_vocabulary: the head scores its most frequent tokens.")
 _VOCABULARY_SIZE = flags.DEFINE_integer(
     "vocabulary_size", 32768, "Tokens of --vocabulary that the head scores.", lower_bound=1)
 _MIN_DRAFT_LENGTH = flags.DEFINE_integer(
-    "min_draft_length", 6, "Tokens that method hier drafts at least before the target verifies.", lower_bound=1)
+    "min_draft_length", None, "Tokens that method hier drafts at least before the target verifies. "
+    f"{_by_device('min_draft_length')}", lower_bound=1)
 _DRAFT_MODEL_START = flags.DEFINE_bool(
     "draft_model_start", False, "The small model of method hier drafts each round's first token by itself.")
 _QUESTION_FILE = flags.DEFINE_string(
@@ -51,10 +78,10 @@ _QUESTION_FILE = flags.DEFINE_string(
 _QUESTION_BEGIN = flags.DEFINE_integer("question_begin", 0, "First question, counted from 0.", lower_bound=0)
 _QUESTION_END = flags.DEFINE_integer("question_end", None, "Question before which to end. Default: all.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Tokens a turn at most. Default: 64 on a CPU, 512 on a GPU.", lower_bound=1)
+    "max_new_tokens", None, f"Tokens a turn at most. {_by_device('max_new_tokens')}", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of prompt and output that the cache holds, at most the model's own limit. An answer ends "
-    "where the cache is full. Default: 1024 on a CPU, 4096 on a GPU.", lower_bound=64)
+    f"where the cache is full. {_by_device('max_length')}", lower_bound=64)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy decoding.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many best tokens; 0 is all.", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest best tokens of this joint probability.", 0, 1)
@@ -110,19 +137,21 @@ def settings(experiment: str) -> Settings:
                         "--method=NAME, or --output_dir for several")
     for precision in filter(None, (_PRECISION.value, _DRAFT_PRECISION.value)):
         formats.get(precision)
-    gpu = jax.default_backend() != "cpu"
+    default = _CPU if jax.default_backend() == "cpu" else _GPU
     models = methods.Models(
         target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,
-        draft_precision=_DRAFT_PRECISION.value, eagle=_EAGLE.value, tree=TreeConfig(
-            depth=_TREE_DEPTH.value, top_k=_TREE_TOP_K.value, size=_TREE_SIZE.value),
+        draft_precision=_DRAFT_PRECISION.value, eagle=tuple(_EAGLE.value or ()), tree=_tree(default),
         vocabulary=_VOCABULARY.value, vocabulary_size=_VOCABULARY_SIZE.value,
-        min_draft_length=_MIN_DRAFT_LENGTH.value, draft_model_start=_DRAFT_MODEL_START.value)
+        min_draft_length=_MIN_DRAFT_LENGTH.value or default.min_draft_length, draft_model_start=_DRAFT_MODEL_START.value)
+    sampling = _sampling()
+    if not models.eagle and models.target is None and any(methods.METHODS[method].versions for method in chosen):
+        models = dataclasses.replace(models, eagle=_demo_heads(chosen))
     models.check(chosen)
     return Settings(
         models=models, methods=chosen, question_file=pathlib.Path(_QUESTION_FILE.value or questions.SMALL),
         question_begin=_QUESTION_BEGIN.value, question_end=_QUESTION_END.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value or (512 if gpu else 64),
-        max_length=_MAX_LENGTH.value or (4096 if gpu else 1024), sampling=_sampling(), seed=_SEED.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value or default.max_new_tokens,
+        max_length=_MAX_LENGTH.value or default.max_length, sampling=sampling, seed=_SEED.value,
         output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
         answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value)
 
@@ -136,13 +165,36 @@ def no_arguments(argv: Sequence[str]) -> None:
 def _methods() -> tuple[str, ...]:
     if _METHOD.value and _METHODS.value:
         raise UserError("--method and --methods were both given; choose one")
-    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or ("baseline", "spec"))
+    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or _default_methods())
     for method in chosen:
         if method not in methods.NAMES:
             raise UserError(f"method {method!r} is not known; choose of {', '.join(methods.NAMES)}")
     if len(set(chosen)) < len(chosen):
         raise UserError(f"--methods={','.join(chosen)} names a method twice")
     return chosen
+
+
+def _default_methods() -> tuple[str, ...]:
+    if _MODEL.value:
+        return "baseline", "spec"
+    heads_fit = _DRAFTER.value is None or _EAGLE.value
+    return tuple(name for name in methods.NAMES if heads_fit or name != "hier")
+
+
+def _demo_heads(chosen: Sequence[str]) -> tuple[str, ...]:
+    """Of the demo model, the one that drafts better first; they fit no other small model."""
+    from checkpoints_tools import demo_model  # not needed for an own model
+
+    if _DRAFTER.value and "hier" in chosen:
+        return ()
+    needed = {version for method in chosen for version in methods.METHODS[method].versions}
+    return tuple(str(demo_model.head(version)) for version in sorted(needed, reverse=True))
+
+
+def _tree(default: _Defaults) -> TreeConfig:
+    depth, top_k = _TREE_DEPTH.value or default.tree_depth, _TREE_TOP_K.value or default.tree_top_k
+    largest = top_k + (depth - 1) * top_k**2 + 1
+    return TreeConfig(depth=depth, top_k=top_k, size=_TREE_SIZE.value or min(default.tree_size, largest))
 
 
 def _sampling() -> Greedy | Sampling:

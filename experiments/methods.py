@@ -9,6 +9,7 @@ import specmq_jax as sm
 from specmq_jax import tokenizer as tokens
 from specmq_jax.drafters.vocabulary import cut_vocabulary, read_ranking
 from specmq_jax.errors import UserError
+from specmq_jax.head import head_version
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 
@@ -23,7 +24,7 @@ class Models:
       drafter: like `target`; None is the target's own weights.
       draft_precision: None is as stored for a `drafter`, and a 4-bit format for the target's own weights.
       draft_length: tokens that the small model drafts a round.
-      eagle: directory of an EAGLE head: the target's, or the small model's where that one drafts (hier).
+      eagle: directories of EAGLE heads, one of a version: the target's, or the small model's where that one drafts (hier).
       tree: shape of the head's tree.
       vocabulary, vocabulary_size: a ranked vocabulary, and how many of its tokens the head scores; None scores all.
       min_draft_length, draft_model_start: of the hierarchy, as in `specmq_jax.HierarchicalDrafter`.
@@ -34,7 +35,7 @@ class Models:
     drafter: str | None = None
     draft_precision: str | None = None
     draft_length: int = 4
-    eagle: str | None = None
+    eagle: tuple[str, ...] = ()
     tree: sm.TreeConfig = sm.TreeConfig()
     vocabulary: str | None = None
     vocabulary_size: int = 32768
@@ -48,8 +49,27 @@ class Models:
     def check(self, methods: Sequence[str]) -> None:
         """Raises a `UserError` where a method lacks what it needs, before anything is loaded."""
         for method in methods:
-            if "eagle" in METHODS[method].settings and self.eagle is None:
-                raise UserError(f"method {method} drafts with an EAGLE head; give its directory with --eagle=DIR")
+            self.head(method)
+
+    def head(self, method: str) -> str | None:
+        """Directory of the head that a method drafts with: the first of its version; None for a method without a head.
+
+        Raises:
+          UserError: no head of the method's version was given, two heads of one version, or one that can't be read.
+        """
+        wanted = METHODS[method].versions
+        if not wanted:
+            return None
+        if not self.eagle:
+            raise UserError(f"method {method} drafts with an EAGLE head; give its directory with --eagle=DIR")
+        versions = {directory: head_version(directory) for directory in self.eagle}
+        if len(set(versions.values())) < len(self.eagle):
+            raise UserError(f"--eagle={','.join(self.eagle)} names two heads of one version; give one of each at most")
+        fitting = [directory for directory, version in versions.items() if version in wanted]
+        if not fitting:
+            raise UserError(f"method {method} drafts with an EAGLE-{wanted[0]} head, and --eagle={','.join(self.eagle)} "
+                            f"holds an EAGLE-{next(iter(versions.values()))} head; give one's directory with --eagle=DIR")
+        return fitting[0]
 
     @property
     def self_draft_precision(self) -> str:
@@ -120,11 +140,15 @@ class Method:
 
     Attributes:
       drafter: makes its drafter; None decodes plainly.
-      settings: the fields of `Models`, beside the target's, that decide what it does.
+      settings: the fields of `Models`, beside the target's and the heads, that decide what it does.
+      versions: of the EAGLE heads that it can draft with; empty where it needs none.
+      small_model: a small model, by default the target's own weights at fewer bits, drafts for the target.
     """
 
     drafter: Callable[[Workbench], sm.Drafter | None]
     settings: tuple[str, ...] = ()
+    versions: tuple[int, ...] = ()
+    small_model: bool = False
 
 
 def _plain(bench: Workbench) -> None:
@@ -146,16 +170,13 @@ def _small_model(bench: Workbench) -> sm.Model:
     return draft
 
 
-def _eagle(version: int | None) -> Callable[[Workbench], sm.EagleDrafter]:
-    return lambda bench: _tree(bench.models, bench.target, version)
+def _eagle(method: str) -> Callable[[Workbench], sm.EagleDrafter]:
+    return lambda bench: _tree(bench.models, bench.target, method)
 
 
-def _tree(models: Models, verifier: sm.Model, version: int | None) -> sm.EagleDrafter:
-    """An EAGLE drafter for the model that verifies its trees; None takes a head of either version."""
-    head = sm.load_head(models.eagle, verifier)
-    if version not in (None, head.config.version):
-        raise UserError(f"{models.eagle} holds an EAGLE-{head.config.version} head; run --method=eagle"
-                        f"{head.config.version}")
+def _tree(models: Models, verifier: sm.Model, method: str) -> sm.EagleDrafter:
+    """An EAGLE drafter for the model that verifies its trees."""
+    head = sm.load_head(models.head(method), verifier)
     if models.vocabulary is not None:
         ranked, size = read_ranking(models.vocabulary)
         if size != verifier.config.vocab_size:
@@ -166,17 +187,17 @@ def _tree(models: Models, verifier: sm.Model, version: int | None) -> sm.EagleDr
 
 def _hierarchical(bench: Workbench) -> sm.HierarchicalDrafter:
     small = _small_model(bench)
-    return sm.HierarchicalDrafter(small, _tree(bench.models, small, None), bench.models.min_draft_length,
+    return sm.HierarchicalDrafter(small, _tree(bench.models, small, "hier"), bench.models.min_draft_length,
                                   bench.models.draft_model_start)
 
 
-_TREE = ("eagle", "tree", "vocabulary", "vocabulary_size")
+_TREE = ("tree", "vocabulary", "vocabulary_size")
 METHODS: Mapping[str, Method] = {
     "baseline": Method(drafter=_plain),
-    "spec": Method(drafter=_chain, settings=("drafter", "draft_precision", "draft_length")),
-    "eagle2": Method(drafter=_eagle(2), settings=_TREE),
-    "eagle3": Method(drafter=_eagle(3), settings=_TREE),
+    "spec": Method(drafter=_chain, settings=("drafter", "draft_precision", "draft_length"), small_model=True),
+    "eagle2": Method(drafter=_eagle("eagle2"), settings=_TREE, versions=(2,)),
+    "eagle3": Method(drafter=_eagle("eagle3"), settings=_TREE, versions=(3,)),
     "hier": Method(drafter=_hierarchical, settings=("drafter", "draft_precision", *_TREE, "min_draft_length",
-                                                    "draft_model_start")),
+                                                    "draft_model_start"), versions=(2, 3), small_model=True),
 }
 NAMES = tuple(METHODS)

@@ -12,16 +12,17 @@ COLORS = ("#8c8c8c", "#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draws tokens/s of each method and the accept lengths of those that speculate, as a PNG."""
+    """Draws tokens/s of each method, and accept lengths and acceptance by depth of those that speculate, as a PNG."""
     figures = summary["methods"]
     colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(figures)}
-    speculating = {name: f["accept_histogram"] for name, f in figures.items() if sum(f["accept_histogram"][1:])}
-    panels = 1 + bool(speculating)
-    figure = Figure(figsize=(1.2 + 4.2 * panels, 3.8), layout="constrained")
+    speculating = {name: f for name, f in figures.items() if sum(f["accept_histogram"][1:])}
+    panels = 3 if speculating else 1
+    figure = Figure(figsize=(1.2 + 4.4 * panels, 3.8), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _speeds(axes[0], figures, colors)
     if speculating:
-        _accept_lengths(axes[1], speculating, {n: figures[n]["mean_accept_length"] for n in speculating}, colors)
+        _accept_lengths(axes[1], speculating, colors)
+        _depths(axes[2], speculating, colors)
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.yaxis.grid(True, color="#e5e5e5")
@@ -42,18 +43,29 @@ def _speeds(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) 
     panel.set_title("Speed", fontsize=10)
 
 
-def _accept_lengths(panel: Axes, histograms: Mapping[str, list[int]], means: Mapping[str, float],
-                    colors: Mapping[str, str]) -> None:
-    width, tallest = 0.8 / len(histograms), 0.0
-    for i, (method, counts) in enumerate(histograms.items()):
-        offset = (i - (len(histograms) - 1) / 2) * width
+def _accept_lengths(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+    width, tallest, longest = 0.8 / len(figures), 0.0, 0
+    for i, (method, figure) in enumerate(figures.items()):
+        offset, counts = (i - (len(figures) - 1) / 2) * width, figure["accept_histogram"]
+        longest = max(longest, len(counts))
         shares = [100 * count / sum(counts) for count in counts]
         tallest = max(tallest, *shares)
         panel.bar([length + offset for length in range(1, len(counts) + 1)], shares, width=width, color=colors[method],
-                  label=f"{method}, mean {means[method]:.2f}")
-    panel.set_ylim(0, tallest * (1.1 + 0.08 * len(histograms)))
-    panel.set_xticks(range(1, max(map(len, histograms.values())) + 1))
+                  label=f"{method}, mean {figure['mean_accept_length']:.2f}")
+    panel.set_ylim(0, tallest * (1.1 + 0.08 * len(figures)))
+    panel.set_xticks(range(1, longest + 1))
     panel.set_xlabel("tokens accepted in a round")
     panel.set_ylabel("% of rounds")
-    panel.set_title("Acceptance", fontsize=10)
+    panel.set_title("Accept length", fontsize=10)
     panel.legend(frameon=False, fontsize=9)
+
+
+def _depths(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+    for method, figure in figures.items():
+        shares = [100 * share for share in figure["depth_acceptance"]]
+        panel.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, color=colors[method])
+    panel.set_ylim(0, 104)
+    panel.set_xticks(range(1, max(len(figure["depth_acceptance"]) for figure in figures.values()) + 1))
+    panel.set_xlabel("draft's depth")
+    panel.set_ylabel("% of rounds that came so far")
+    panel.set_title("Acceptance by depth", fontsize=10)

@@ -26,6 +26,13 @@ class Question:
     category: str
     turns: tuple[str, ...]
 
+    def messages(self, answered: Sequence[str]) -> list[dict[str, str]]:
+        """The dialogue up to the turn that awaits its answer, behind the turns answered before."""
+        messages = []
+        for said, text in zip(self.turns, answered, strict=False):
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": text}]
+        return [*messages, {"role": "user", "content": self.turns[len(answered)]}]
+
 
 def load(path: pathlib.Path, begin: int = 0, end: int | None = None) -> list[Question]:
     """Questions `begin` (counted from 0) up to, but not with, `end` of a file; other keys than the three are ignored.

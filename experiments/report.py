@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import plots
+from experiments import comparison, methods, plots
 from experiments.answers import Answer
 from experiments.flags import Settings
 from experiments.runner import Result
@@ -19,6 +19,8 @@ from specmq_jax import metrics
 from specmq_jax.sampling import Greedy, Sampling
 
 NO_VALUE = "-"
+_LABEL_WIDTH, _BAR_COLUMN_WIDTH = 33, 16
+"""Of the table's columns with bars in them, borders included."""
 
 Summary = Mapping[str, Any]
 
@@ -46,9 +48,12 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
     """What summary.json holds: the run's machine and settings, and each method's figures.
 
     Times are in seconds, bandwidths in bytes a second; the histogram counts, at index i, rounds that accepted i + 1
-    tokens. Figures relative to the baseline are None where it did not run.
+    tokens; the depth acceptance is, at index i, the share of the rounds which accepted i drafts that accepted another (a
+    round whose drafts ended there counts as one that did not). Turns are compared with the baseline's while their prompts
+    are the same. Figures relative to the baseline are None where it did not run.
     """
     base = next((result for result in results if result.method == "baseline"), None)
+    expanded = settings.models.drafter is None and results[0].measured["device"].startswith("CPU")
     measured = results[0].measured
     return {
         "device": measured["device"], "device_bandwidth": measured["device_bandwidth"], "jax": measured["jax"],
@@ -58,12 +63,13 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
         "sampling": _words(settings.sampling), "questions": len(results[0].answers),
         "turns": sum(len(answer.new_tokens) for answer in results[0].answers),
         "question_file": settings.question_file.name,
-        "methods": {result.method: _figures(result, base) for result in results},
+        "methods": {result.method: _figures(result, base) | {
+            "expanded_drafter": expanded and methods.METHODS[result.method].small_model} for result in results},
     }
 
 
 def print_table(summary: Summary, console: Console) -> None:
-    """One column a method, one row a figure, the acceptance histogram below."""
+    """One column a method, one row a figure, acceptance by length and by depth below."""
     console.print(f"{summary['device']}, copies {summary['device_bandwidth'] / 1e9:.0f} GB/s | jax {summary['jax']}, "
                   f"Python {summary['python']}\n{summary['model']} at {summary['precision']}, cache of "
                   f"{summary['max_length']} tokens | {summary['questions']} questions, {summary['turns']} turns of "
@@ -79,17 +85,28 @@ def print_table(summary: Summary, console: Console) -> None:
         if any(value != NO_VALUE for value in values):
             table.add_row(name.format(**summary), *values)
     table.add_section()
-    for length in range(1, max(len(method["accept_histogram"]) for method in figures.values()) + 1):
+    longest = max(len(method["accept_histogram"]) for method in figures.values())
+    bars = _LABEL_WIDTH + _BAR_COLUMN_WIDTH * len(figures) <= console.width
+    for length in range(1, longest + 1):
         name = f"rounds accepting {length} token{'s' if length > 1 else ''}"
-        table.add_row(name, *(_share(method, length) for method in figures.values()))
+        table.add_row(name, *(_share(method, length, bars) for method in figures.values()))
+    table.add_section()
+    for depth in range(1, longest):
+        name = f"draft {depth} accepted" + (f" where {depth - 1} was" if depth > 1 else "")
+        table.add_row(name, *(_depth_share(method, depth) for method in figures.values()))
     console.print(table)
     for method, figure in figures.items():
         if figure["cut"]:
             console.print(f"{method}: {figure['cut']} questions end early, their later turns did not fit into the cache "
                           "(\"cut\" in the answers tells which)", highlight=False)
-    if summary["device"].startswith("CPU") and any((f["speedup"] or 1) < 1 for f in figures.values()):
-        console.print("On a CPU, low-bit weights are expanded to f32: drafting a token with them costs as much as decoding "
-                      "one, so no speedup can be expected here.", highlight=False)
+        if figure["stray_differences"]:
+            console.print(f"{method}: {figure['stray_differences']} of {figure['differences']} differences are not between "
+                          "the target's two best tokens (\"differences\" in the method's .settings.json lists them)",
+                          highlight=False)
+    slow = [method for method, figure in figures.items() if figure["expanded_drafter"] and (figure["speedup"] or 1) < 1]
+    if slow:
+        console.print(f"On a CPU, low-bit weights are expanded to f32: a token that the small model of {' and '.join(slow)} "
+                      "makes costs as much as one of the target, so no speedup can be expected there.", highlight=False)
 
 
 def _figures(result: Result, base: Result | None) -> dict[str, Any]:
@@ -97,13 +114,17 @@ def _figures(result: Result, base: Result | None) -> dict[str, Any]:
     accepted = [length for answer in found for length in answer.accept_lengths]
     inner = [length for answer in found for length in answer.draft_accept_lengths]
     seconds = sum(sum(answer.wall_time) for answer in found)
+    histogram = metrics.accept_histogram(accepted).tolist()
+    differences = measured.get("differences", ()) if base else ()
     return {
         "tokens_per_second": statistics.fmean(answer.speed for answer in found),
         "speedup": metrics.speedup(_speeds(found), _speeds(base.answers)) if base else None,
         "mean_accept_length": metrics.mean_accept_length(accepted),
         "mean_draft_accept_length": metrics.mean_accept_length(inner) if inner else None,
-        "accept_histogram": metrics.accept_histogram(accepted).tolist(),
-        "identical_share": _identical_share(found, base.answers) if base else None,
+        "accept_histogram": histogram, "depth_acceptance": _depth_acceptance(histogram),
+        **_compared(found, base.answers if base else None), "differences": len(differences),
+        "largest_gap": max((entry["gap"] for entry in differences), default=None),
+        "stray_differences": sum(not entry["top_two"] for entry in differences),
         "prefill_time": measured["prefill"], "draft_time": measured["draft"], "verify_time": measured["verify"],
         "round_time": measured["round"], "bytes_per_round": measured["bytes_per_round"],
         "achieved_bandwidth": measured["bytes_per_round"] * len(accepted) / seconds,
@@ -125,20 +146,32 @@ def _speeds(found: Sequence[Answer]) -> list[float]:
     return [answer.speed for answer in found]
 
 
-def _identical_share(found: Sequence[Answer], base: Sequence[Answer]) -> float:
-    """Over turns; a turn that only one of the two has is a different one."""
-    expected = {answer.question_id: answer.token_ids for answer in base}
-    pairs = [pair for answer in found
-             for pair in itertools.zip_longest(answer.token_ids, expected[answer.question_id], fillvalue=())]
-    return metrics.identical_share([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+def _compared(found: Sequence[Answer], base: Sequence[Answer] | None) -> dict[str, Any]:
+    turns = sum(len(answer.token_ids) for answer in found)
+    if base is None:
+        return {"turns": turns, "comparable_turns": None, "identical_share": None}
+    pairs = comparison.pairs(found, base)
+    return {"turns": turns, "comparable_turns": len(pairs),
+            "identical_share": metrics.identical_share([pair.tokens for pair in pairs], [pair.base for pair in pairs])}
 
 
-def _share(method: Summary, length: int) -> str:
+def _depth_acceptance(histogram: Sequence[int]) -> list[float]:
+    reached = [sum(histogram[depth:]) for depth in range(len(histogram))]
+    return [further / here for here, further in itertools.pairwise(reached)]
+
+
+def _share(method: Summary, length: int, bars: bool) -> str:
     counts = method["accept_histogram"]
     total = sum(counts)
     if length > len(counts) or not total:
         return NO_VALUE
-    return f"{'█' * round(8 * counts[length - 1] / total):<8} {counts[length - 1] / total:4.0%}"
+    bar = f"{'█' * round(8 * counts[length - 1] / total):<8} " if bars else ""
+    return f"{bar}{counts[length - 1] / total:4.0%}"
+
+
+def _depth_share(method: Summary, depth: int) -> str:
+    shares = method["depth_acceptance"]
+    return f"{shares[depth - 1]:.0%}" if depth <= len(shares) else NO_VALUE
 
 
 def _words(sampling: Greedy | Sampling) -> str:
@@ -152,6 +185,12 @@ def _identical(share: float | None) -> str:
     return NO_VALUE if share is None else f"{math.floor(1000 * share) / 10:g}%"
 
 
+def _comparable(summary: Summary, method: Summary) -> str:
+    del summary
+    count, turns = method["comparable_turns"], method["turns"]
+    return NO_VALUE if count in (None, turns) else f"{count}/{turns}"
+
+
 def _milliseconds(key: str) -> Callable[[Summary, Summary], str]:
     return lambda summary, method: f"{1e3 * method[key]:.2f}" if method[key] else NO_VALUE
 
@@ -160,9 +199,12 @@ _ROWS: Mapping[str, Callable[[Summary, Summary], str]] = {
     "tokens/s": lambda summary, method: f"{method['tokens_per_second']:.1f}",
     "speedup": lambda summary, method: f"{method['speedup']:.2f}x" if method["speedup"] else NO_VALUE,
     "mean accept length": lambda summary, method: f"{method['mean_accept_length']:.2f}",
-    "mean accept length inside the drafter": lambda summary, method: (
+    "accept length inside drafter": lambda summary, method: (
         f"{method['mean_draft_accept_length']:.2f}" if method["mean_draft_accept_length"] else NO_VALUE),
     "answers identical to baseline": lambda summary, method: _identical(method["identical_share"]),
+    "turns comparable with it": _comparable,
+    "largest gap at a difference": lambda summary, method: (
+        NO_VALUE if method["largest_gap"] is None else f"{method['largest_gap']:.2g}"),
     "prefill of {prefill_tokens} tokens, ms": _milliseconds("prefill_time"),
     "draft, ms a round": _milliseconds("draft_time"),
     "verify, ms a round": _milliseconds("verify_time"),

@@ -10,13 +10,14 @@ import jax
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import answers, methods, questions
+from experiments import answers, comparison, methods, questions
 from experiments.answers import Answer, AnswerFile, Turn
 from experiments.flags import Settings
 from experiments.progress import progress
 from experiments.questions import Question
 from specmq_jax import metrics
 from specmq_jax.errors import UserError
+from specmq_jax.sampling import Greedy
 
 Measured = Mapping[str, Any]
 
@@ -41,7 +42,8 @@ class Result:
     Attributes:
       method: its name.
       answers: one a question.
-      measured: what `_measure` returns.
+      measured: what `_measure` returns; where greedy answers differ from the baseline's, also "differences", which
+        `comparison.measure` returns.
     """
 
     method: str
@@ -80,15 +82,29 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load, console
             hint = " (--noresume measures again)" if file.measured else ", going on behind them"
             console.print(f"{method}: {len(file.found)} of {len(asked)} answers found in {file.path}{hint}",
                           highlight=False, markup=False, soft_wrap=True)
-    if not all(file.measured for file in files.values()):
+    if not all(file.measured for file in files.values()) or _differing(settings, files):
         bandwidth = metrics.device_bandwidth()
         bench = load(settings)
         _check_first_turns(asked, bench)
         # every drafter is loaded, and may turn out not to fit, before the first question
-        decoders = {method: bench.decoder(method) for method, file in files.items() if not file.measured}
+        needed = [method for method, file in files.items() if not file.measured] or ["baseline"]
+        decoders = {method: bench.decoder(method) for method in needed}
         for method, decoder in decoders.items():
-            _run_method(settings, method, decoder, asked, files[method], bench, bandwidth, console)
+            if not files[method].measured:
+                _run_method(settings, method, decoder, asked, files[method], bench, bandwidth, console)
+            for file in _differing(settings, files):
+                found = comparison.measure(file.found, files["baseline"].found, asked, bench.encode, decoder.next_logits)
+                file.finish({**file.measured, "differences": found})
     return [Result(method=method, answers=tuple(file.found), measured=file.measured) for method, file in files.items()]
+
+
+def _differing(settings: Settings, files: Mapping[str, AnswerFile]) -> list[AnswerFile]:
+    """Finished methods whose differences from a finished baseline are not measured."""
+    base = files.get("baseline")
+    if base is None or not base.measured or not isinstance(settings.sampling, Greedy):
+        return []
+    return [file for file in files.values() if file.measured and not comparison.is_measured(
+        file.measured.get("differences"), file.found, base.found)]
 
 
 def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
@@ -113,22 +129,19 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
 def _converse(decoder: sm.Decoder, bench: Bench, question: Question, max_new_tokens: int
               ) -> tuple[list[Turn], str | None]:
     """The turns of one dialogue, and why some are missing, if any are."""
-    messages: list[dict[str, str]] = []
     turns: list[Turn] = []
-    for said in question.turns:
-        messages.append({"role": "user", "content": said})
-        prompt = bench.encode(messages)
+    for _ in question.turns:
+        prompt = bench.encode(question.messages([turn.text for turn in turns]))
         if turns and len(prompt) >= bench.max_length:
             return turns, (f"turn {len(turns) + 1} has a prompt of {len(prompt)} tokens, the cache holds "
                            f"{bench.max_length}")
         generation = decoder.generate(prompt, max_new_tokens=max_new_tokens)
         turns.append(Turn(prompt_tokens=len(prompt), generation=generation, text=bench.text(generation.tokens)))
-        messages.append({"role": "assistant", "content": turns[-1].text})
     return turns, None
 
 
 def _first_prompt(question: Question, bench: Bench) -> list[int]:
-    return bench.encode([{"role": "user", "content": question.turns[0]}])
+    return bench.encode(question.messages([]))
 
 
 def _check_first_turns(asked: Sequence[Question], bench: Bench) -> None:
@@ -177,6 +190,7 @@ def _identity(settings: Settings, method: str, asked: Sequence[Question]) -> dic
         "max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length,
         "sampling": repr(settings.sampling), "seed": settings.seed, "device": metrics.device_name(),
         "jax": jax.__version__,
+        **({"eagle": _place(models.head(method))} if methods.METHODS[method].versions else {}),
         **{field: _recorded(getattr(models, field)) for field in methods.METHODS[method].settings}}
 
 

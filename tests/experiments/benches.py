@@ -16,11 +16,14 @@ QUESTIONS = """{"question_id": 1, "category": "writing", "turns": ["Name a colou
 
 @dataclasses.dataclass
 class FakeDecoder:
-    """Accepts `accept` tokens a round and needs a tenth of a second for each round."""
+    """Accepts `accept` tokens a round and needs a tenth of a second for each round; with `slip`, the fourth token of every
+    second answer is the target's second best, a quarter of a logit behind."""
 
     accept: int
     kill_at: int | None = None
+    slip: bool = False
     prompts: list = dataclasses.field(default_factory=list)
+    scored: list = dataclasses.field(default_factory=list)
     prefill_chunks: tuple = (32, 128)
 
     def generate(self, prompt_ids, max_new_tokens):
@@ -29,10 +32,20 @@ class FakeDecoder:
             if len(self.prompts) == self.kill_at:
                 raise KeyboardInterrupt
         tokens = np.array([97 + (sum(prompt_ids) + i) % 26 for i in range(max_new_tokens)], np.int32)
+        if self.slip and len(self.prompts) % 2 and max_new_tokens > 2:
+            tokens[3] = 97 + (tokens[3] - 96) % 26
         rounds = -(-(max_new_tokens - 1) // self.accept)
         return sm.Generation(
             tokens=tokens, accept_lengths=np.full(rounds, self.accept, np.int32), seconds=0.1 * rounds,
             prefill_seconds=0.5, draft_prefill_seconds=0.25, stopped=False, draft_accept_lengths=np.zeros(0, np.int32))
+
+    def next_logits(self, token_ids):
+        self.scored.append(list(token_ids))
+        answer = len(token_ids) - 1 - list(token_ids)[::-1].index(ord("\n"))
+        best = (sum(token_ids[:answer + 1]) + len(token_ids) - answer - 1) % 26
+        logits = np.zeros(128, np.float32)
+        logits[97 + best], logits[97 + (best + 1) % 26] = 2.0, 1.75
+        return logits
 
     def phase_times(self, prompt_ids):
         return sm.PhaseTimes(prefill=0.5, draft=0.01 * (self.accept > 1), verify=0.1, round=0.1)
@@ -46,6 +59,7 @@ class FakeBench:
     max_length: int = 256
     precision: str = "fp16"
     kill_at: int | None = None
+    slip: bool = False
     decoders: dict = dataclasses.field(default_factory=dict)
 
     def encode(self, messages):
@@ -55,7 +69,8 @@ class FakeBench:
         return bytes(token_ids.tolist()).decode()
 
     def decoder(self, method):
-        self.decoders[method] = FakeDecoder(accept=1 if method == "baseline" else 4, kill_at=self.kill_at)
+        plain = method == "baseline"
+        self.decoders[method] = FakeDecoder(accept=1 if plain else 4, kill_at=self.kill_at, slip=self.slip and not plain)
         return self.decoders[method]
 
 

@@ -50,8 +50,8 @@ def test_a_malformed_line(tmp_path, question_file):
 @pytest.mark.parametrize(("arguments", "fault"), [
     (["--methods=baseline,sepc"], "method 'sepc' is not known; choose of baseline, spec"),
     (["--method=spec", "--methods=baseline"], "choose one"),
-    (["--method=eagle2"], "method eagle2 drafts with an EAGLE head; give its directory with --eagle=DIR"),
-    (["--tree_depth=1", "--tree_size=60"], "has 10 candidates; size 60 needs 59"),
+    (["--model=own", "--method=eagle2"], "method eagle2 drafts with an EAGLE head; give its directory with --eagle=DIR"),
+    (["--tree_depth=1", "--tree_top_k=10", "--tree_size=60"], "has 10 candidates; size 60 needs 59"),
     (["--answer_file=a.jsonl"], "--answer_file takes the answers of one method"),
     (["--draft_precision=w3"], "precision 'w3' is not known; choose one of"),
     (["--top_k=5"], "need a --temperature above 0"),
@@ -88,7 +88,7 @@ def test_every_method_runs_by_flags_alone_and_answers_as_the_baseline(tmp_path):
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["methods"]["eagle2"]["identical_share"] == 1
     wrong = command("mt_bench", f"--model={data / 'checkpoints' / 'fp16'}", "--method=eagle3",
                     f"--eagle={data / 'eagle' / 'eagle2_head'}", f"--output_dir={tmp_path / 'other'}")
-    fails_with(wrong, "holds an EAGLE-2 head; run --method=eagle2")
+    fails_with(wrong, "method eagle3 drafts with an EAGLE-3 head", "holds an EAGLE-2 head")
 
 
 def answer(ident, category, new_tokens, wall_time, accept_lengths):

@@ -8,6 +8,7 @@ import pytest
 from benches import FakeBench, make_settings
 from rich.console import Console
 
+import specmq_jax as sm
 from experiments import runner
 from experiments.methods import Models
 from specmq_jax import metrics
@@ -103,6 +104,41 @@ def test_answers_of_other_settings_are_neither_mixed_nor_lost(tmp_path, changes,
     assert (settings.output_dir / "spec.jsonl").read_bytes() == before
     run(dataclasses.replace(changed, resume=False))
     assert (settings.output_dir / "spec.jsonl").read_bytes() != before
+
+
+def test_each_difference_is_recorded_with_the_targets_gap_behind_the_common_text(tmp_path):
+    settings, bench = make_settings(tmp_path), FakeBench(slip=True)
+    results, _ = run(settings, bench)
+    recorded = results[1].measured["differences"]
+    assert [(d["question_id"], d["turn"], d["position"]) for d in recorded] == [(1, 0, 3), (2, 0, 3), ("c", 1, 3)]
+    base, spec = (records(settings.output_dir / f"{method}.jsonl") for method in settings.methods)
+    for entry, place in zip(recorded, (0, 1, 2), strict=True):
+        ours, theirs = (side[place]["choices"][0]["token_ids"][entry["turn"]][3] for side in (spec, base))
+        assert entry["tokens"] == [theirs, ours] and entry["gap"] == 0.25 and entry["top_two"]
+    said = base[2]["choices"][0]["turns"]
+    assert bytes(bench.decoders["spec"].scored[2]).decode() == (
+        f"u: What is 1 + 1?\na: {said[0]}\nu: And 2 + 2?\n{said[1][:3]}")
+    assert "differences" not in results[0].measured
+    assert runner.run(settings, load=no_load, console=Console(file=io.StringIO())) == results
+
+
+def test_differences_are_measured_whichever_run_made_the_baseline(tmp_path):
+    whole = make_settings(tmp_path, output_dir=tmp_path / "whole")
+    expected = run(whole, FakeBench(slip=True))[0][1].measured["differences"]
+    settings = make_settings(tmp_path)
+    for methods in (("spec",), ("baseline",)):
+        results, _ = run(dataclasses.replace(settings, methods=methods), FakeBench(slip=True))
+        assert "differences" not in results[0].measured
+    bench = FakeBench(slip=True)
+    results, _ = run(settings, bench)
+    assert results[1].measured["differences"] == expected and not bench.decoders["baseline"].prompts
+    backwards = make_settings(tmp_path, output_dir=tmp_path / "backwards", methods=("spec", "baseline"))
+    assert run(backwards, FakeBench(slip=True))[0][0].measured["differences"] == expected
+
+
+def test_sampled_answers_are_not_searched_for_ties(tmp_path):
+    results, _ = run(make_settings(tmp_path, sampling=sm.Sampling()), FakeBench(slip=True))
+    assert "differences" not in results[1].measured
 
 
 def test_other_draft_settings_keep_the_baselines_answers(tmp_path):
