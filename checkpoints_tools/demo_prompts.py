@@ -1,0 +1,328 @@
+"""Writes the prompts whose answers, given by the demo model itself, train its draft heads:
+
+python -m checkpoints_tools.demo_prompts OUT.jsonl [--gsm8k=FILE] [--count=40000] [--seed=0]
+
+Every line is {"source": "gsm8k" | "code" | "chat", "turns": [what the user says, what the user says next, ...]}. FILE is the
+train split of GSM8K, as parquet or JSON lines with a `question`. "code" comes from the standard library of the running
+Python, so a seed yields the same lines only under the same Python; "chat" is put together from data/chat_*.json.
+"""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import random
+import re
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from checkpoints_tools import convert
+from specmq_jax import errors
+from specmq_jax.errors import UserError
+
+DATA = pathlib.Path(__file__).parent / "data"
+GSM8K_SHARE, CODE_SHARE = 0.19, 0.2
+MOST = 1_000_000  # the composed prompts don't run out below this number
+LONGEST_TURN = 1500  # characters; the heads train on dialogues of 1024 tokens, answers included
+LONGEST_CODE = 60  # lines
+SECOND_TURN, THIRD_TURN = 0.5, 0.2
+LEFT_OUT = {"__phello__", "antigravity", "encodings", "ensurepip", "idlelib", "lib2to3", "this", "turtledemo"}
+SLOT = re.compile(r"\{(?P<upper>\^?)(?:(?P<low>\d+)\.\.(?P<high>\d+)(?:/(?P<step>\d+))?|(?P<list>\w+))(?:#(?P<mark>\w))?\}")
+ARTICLE, VOWEL = re.compile(r"\b[Aa] $"), re.compile(r"(?!uni|use|one\b)[aeiouAEIO]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the user says in one dialogue.
+
+    Attributes:
+      source: "gsm8k", "code" or "chat".
+      turns: one text a turn.
+    """
+
+    source: str
+    turns: tuple[str, ...]
+
+
+class Slots:
+    """Fills the slots of one dialogue's templates.
+
+    `{city}` becomes an entry of the list `city`, another one each time until the list is used up; entries may hold slots
+    themselves. `{20..90/5}` becomes a number, here a multiple of 5. `{city#a}` is the same city wherever it stands in the
+    dialogue, and `{^city}` starts with a capital letter. `given` has texts that are set in as they are.
+    """
+
+    def __init__(self, lists: Mapping[str, Sequence[str]], rng: random.Random, given: Mapping[str, str]):
+        self._lists, self._rng = lists, rng
+        self._fixed = dict(given)
+        self._drawn: dict[str, set[str]] = {}
+
+    def fill(self, template: str) -> str:
+        text, end = "", 0
+        for slot in SLOT.finditer(template):
+            text += template[end:slot.start()]
+            value = self._value(slot)
+            if ARTICLE.search(text) and VOWEL.match(value):
+                text = f"{text[:-1]}n "
+            text, end = text + value, slot.end()
+        return text + template[end:]
+
+    def _value(self, slot: re.Match[str]) -> str:
+        key = slot[0].replace("^", "").strip("{}")
+        if key in self._fixed:
+            value = self._fixed[key]
+        else:
+            value = self._number(slot) if slot["low"] else self.fill(self._entry(slot["list"]))
+            if slot["mark"]:
+                self._fixed[key] = value
+        return value[:1].upper() + value[1:] if slot["upper"] else value
+
+    def _number(self, slot: re.Match[str]) -> str:
+        step = int(slot["step"] or 1)
+        return str(self._rng.randrange(int(slot["low"]), int(slot["high"]) + 1, step))
+
+    def _entry(self, name: str) -> str:
+        drawn = self._drawn.setdefault(name, set())
+        entry = self._rng.choice([entry for entry in self._lists[name] if entry not in drawn] or self._lists[name])
+        drawn.add(entry)
+        return entry
+
+
+def _load(name: str) -> Any:
+    return json.loads((DATA / name).read_text(encoding="utf-8"))
+
+
+def _read_lines(path: pathlib.Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except ValueError:
+        raise UserError(f"{path} is neither parquet nor JSON lines; expected GSM8K's train split") from None
+
+
+def _read_parquet(path: pathlib.Path) -> list[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path} is a parquet file, which needs pyarrow; install the extra: pip install "
+                        "'specmq-jax[train]'") from None
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is a damaged parquet file ({str(error).splitlines()[0]}); download it again") from None
+
+
+def read_gsm8k(path: pathlib.Path) -> list[str]:
+    """The questions of GSM8K's train split, a parquet or JSON-lines file.
+
+    Raises:
+      UserError: the file can't be read or a row has no text in `question`, or pyarrow is missing for a parquet file.
+    """
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        rows = _read_parquet(path) if is_parquet else _read_lines(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    for number, row in enumerate(rows, start=1):
+        if not (isinstance(row, dict) and isinstance(row.get("question"), str) and row["question"].strip()):
+            raise UserError(f"{path}, row {number}: no text in the column 'question'; expected GSM8K's train split")
+    if not rows:
+        raise UserError(f"{path} holds no questions; expected GSM8K's train split")
+    return [row["question"].strip() for row in rows]
+
+
+class Composer:
+    """Draws prompts of each source; the same seed draws the same ones."""
+
+    def __init__(self, seed: int):
+        self._rng = random.Random(seed)
+        self._lists = _load("chat_topics.json")
+        self._chat = _load("chat_dialogues.json")
+        self._passages = _load("chat_passages.json")
+        self._framed = _load("framed_requests.json")
+
+    def gsm8k(self, questions: Iterable[str]) -> Iterator[Prompt]:
+        """Every question once, in one of the frames."""
+        for question in self._shuffled(questions):
+            frame = self._rng.choice(self._framed["frames"]["gsm8k"])
+            yield self._prompt("gsm8k", frame, self._framed["follow_ups"]["gsm8k"], {"question": question})
+
+    def code(self, count: int) -> Iterator[Prompt]:
+        """Requests about code and documentation of the standard library, up to eight on one piece of it."""
+        pieces: list[dict[str, str]] = []
+        for path in self._shuffled(_library_files()):
+            if len(pieces) > 4 * count:
+                break
+            pieces += _pieces(path)
+        requests = []
+        for piece in pieces:
+            frames = [frame for name in sorted(piece.keys() & self._framed["frames"].keys())
+                      for frame in self._rng.sample(self._framed["frames"][name], 4 if name == "stub" else 2)]
+            requests += [(rank, self._rng.random(), frame, piece) for rank, frame in enumerate(self._shuffled(frames))]
+        for _, _, frame, piece in sorted(requests, key=lambda request: request[:2]):
+            yield self._prompt("code", frame, self._framed["follow_ups"]["text" if "text" in piece else "code"], piece)
+
+    def chat(self) -> Iterator[Prompt]:
+        """Composed dialogues without end."""
+        categories = list(self._chat["categories"].values())
+        weights = [category["weight"] for category in categories]
+        while True:
+            category, = self._rng.choices(categories, weights)
+            opening, *tied = self._rng.choice(category["openings"])
+            further = tied if tied and self._rng.random() < 0.6 else category["follow_ups"]
+            if self._rng.random() < 0.15:
+                further = self._chat["follow_ups"]
+            yield self._prompt("chat", opening, further, self._passage() if "{passage}" in opening else {})
+
+    def _passage(self) -> dict[str, str]:
+        (text, questions), (other, _) = (self._passage_text(passage) for passage in self._rng.sample(self._passages, 2))
+        question, second = self._rng.sample(questions, 2)
+        if self._rng.random() < 0.7:
+            question = question[:1].upper() + question[1:]
+        return {"passage": text, "question": question, "question_second": second[:1].upper() + second[1:],
+                "distractor": other}
+
+    def _passage_text(self, passage: Mapping[str, Any]) -> tuple[str, list[str]]:
+        slots = Slots(self._lists, self._rng, {})
+        first, *others = passage["sentences"]
+        kept = [first, *(choices for choices in others if self._rng.random() < 0.9)]
+        text = " ".join(slots.fill(sentence) for sentence in map(self._rng.choice, kept) if sentence)
+        return text, [slots.fill(question) for question in passage["questions"]]
+
+    def _prompt(self, source: str, opening: str, further: Sequence[str], given: Mapping[str, str]) -> Prompt:
+        slots = Slots(self._lists, self._rng, given)
+        turns = [slots.fill(opening)]
+        if self._rng.random() < SECOND_TURN:
+            count = 1 + (self._rng.random() < THIRD_TURN)
+            turns += [slots.fill(template) for template in self._rng.sample(further, min(count, len(further)))]
+        if source == "chat" and len(turns[0]) < 100:
+            turns[0] = self._typed(turns[0])
+        return Prompt(source=source, turns=tuple(turns))
+
+    def _typed(self, text: str) -> str:
+        """`text`, at times as hurried users type it."""
+        if self._rng.random() < 0.08:
+            text = text.rstrip(".?")
+        return text[:1].lower() + text[1:] if self._rng.random() < 0.08 else text
+
+    def _shuffled(self, items: Iterable[Any]) -> list[Any]:
+        items = list(items)
+        self._rng.shuffle(items)
+        return items
+
+
+def _library_files() -> list[pathlib.Path]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    modules = sorted(sys.stdlib_module_names - LEFT_OUT)
+    files = [path for name in modules for path in (root / f"{name}.py", *sorted((root / name).rglob("*.py")))]
+    return [path for path in files if path.is_file() and not {"test", "tests"} & set(path.relative_to(root).parts)]
+
+
+def _pieces(path: pathlib.Path) -> list[dict[str, str]]:
+    """What can be asked about in a module: texts by the slot they fill, one dict a function, class or documentation."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (OSError, UnicodeDecodeError, SyntaxError):
+        return []
+    lines = source.splitlines()
+    if path.parent.name == "pydoc_data":
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        pieces = [{"text": _shortened(text)} for text in texts if len(text) > 300]
+    else:
+        documentation = ast.get_docstring(tree) or ""
+        pieces = [{"text": _shortened(documentation)}] if len(documentation) > 200 else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            pieces.append(_definition(node, lines))
+    return [piece for piece in pieces if piece]
+
+
+def _definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: Sequence[str]) -> dict[str, str]:
+    """The slots `code`, `stub` (signature and docstring) and `bare` (without docstring), so far as the lengths allow."""
+    first, last = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1, node.end_lineno
+    if not 4 <= last - first <= LONGEST_CODE:
+        return {}
+    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+    if kind == "function" and node.args.args and node.args.args[0].arg in ("self", "cls"):
+        kind = "method"
+    texts = {"code": lines[first:last]}
+    if ast.get_docstring(node) and len(node.body) > 1:
+        docstring = node.body[0]
+        texts["stub"] = lines[first:docstring.end_lineno]
+        texts["bare"] = lines[first:docstring.lineno - 1] + lines[docstring.end_lineno:last]
+    dedented = {name: textwrap.dedent("\n".join(text)).strip("\n") for name, text in texts.items()}
+    fitting = {name: text for name, text in dedented.items() if len(text) < LONGEST_TURN - 200}
+    return {"kind": kind, "name": node.name, **fitting} if fitting else {}
+
+
+def _shortened(text: str) -> str:
+    """The paragraphs of `text` that fit into a turn."""
+    kept = ""
+    for paragraph in text.strip().split("\n\n"):
+        if kept and len(kept) + len(paragraph) > LONGEST_TURN - 300:
+            break
+        kept += f"\n\n{paragraph}" if kept else paragraph
+    return kept
+
+
+def compose(count: int, seed: int, questions: Sequence[str]) -> list[Prompt]:
+    """`count` shuffled prompts with distinct first turns; GSM8K's and the library's are at most their shares.
+
+    Raises:
+      UserError: `count` is below 1 or above a million.
+    """
+    if not 1 <= count <= MOST:
+        raise UserError(f"--count={count} can't be made; choose a number from 1 to {MOST}")
+    composer = Composer(seed)
+    found: dict[str, Prompt] = {}
+
+    def add(prompts: Iterable[Prompt], wanted: int) -> None:
+        end = len(found) + wanted
+        for prompt in prompts if wanted else ():
+            if all(len(turn) <= LONGEST_TURN for turn in prompt.turns):
+                found.setdefault(prompt.turns[0], prompt)
+            if len(found) == end:
+                break
+
+    add(composer.gsm8k(questions), int(count * GSM8K_SHARE))
+    add(composer.code(int(count * CODE_SHARE)), int(count * CODE_SHARE))
+    add(composer.chat(), count - len(found))
+    prompts = list(found.values())
+    random.Random(seed).shuffle(prompts)
+    return prompts
+
+
+def write(destination: str | pathlib.Path, count: int, seed: int, gsm8k: str | pathlib.Path | None) -> pathlib.Path:
+    """Writes `count` prompts to `destination`, which it returns; without `gsm8k` that source is left out."""
+    destination = pathlib.Path(destination)
+    if destination.exists():
+        raise UserError(f"{destination} exists already; choose another name or remove it")
+    if not gsm8k:
+        print("notice: no --gsm8k=FILE, so no GSM8K questions are among the prompts", file=sys.stderr)
+    prompts = compose(count, seed, read_gsm8k(pathlib.Path(gsm8k)) if gsm8k else [])
+    lines = (json.dumps(dataclasses.asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
+    try:
+        destination.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{destination} can't be written: {error.strerror}") from None
+    return destination
+
+
+def main(argv: Sequence[str]) -> None:
+    usage = "python -m checkpoints_tools.demo_prompts OUT.jsonl [--gsm8k=FILE] [--count=N] [--seed=N]"
+    destination, = convert.arguments(argv, usage, 1)
+    print(write(destination, flags.FLAGS.count, flags.FLAGS.seed, flags.FLAGS.gsm8k))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("gsm8k", None, "GSM8K's train split, parquet or JSON lines; without it this source is left out.")
+    flags.DEFINE_integer("count", 40000, "How many prompts to write.")
+    flags.DEFINE_integer("seed", 0, "Another seed yields other prompts.")
+    errors.run(main)
