@@ -7,31 +7,26 @@ train split of GSM8K, as parquet or JSON lines with a `question`. "code" comes f
 Python, so a seed yields the same lines only under the same Python; "chat" is put together from data/chat_*.json.
 """
 
-import ast
 import dataclasses
 import json
 import pathlib
 import random
 import re
 import sys
-import sysconfig
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
-from checkpoints_tools import convert
+from checkpoints_tools import convert, library_code
+from checkpoints_tools.library_code import LONGEST_TURN
 from specmq_jax import errors
 from specmq_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"
 GSM8K_SHARE, CODE_SHARE = 0.19, 0.2
 MOST = 1_000_000  # the composed prompts don't run out below this number
-LONGEST_TURN = 1500  # characters; the heads train on dialogues of 1024 tokens, answers included
-LONGEST_CODE = 60  # lines
 SECOND_TURN, THIRD_TURN = 0.5, 0.2
-LEFT_OUT = {"__phello__", "antigravity", "encodings", "ensurepip", "idlelib", "lib2to3", "this", "turtledemo"}
 SLOT = re.compile(r"\{(?P<upper>\^?)(?:(?P<low>\d+)\.\.(?P<high>\d+)(?:/(?P<step>\d+))?|(?P<list>\w+))(?:#(?P<mark>\w))?\}")
 ARTICLE, VOWEL = re.compile(r"\b[Aa] $"), re.compile(r"(?!uni|use|one\b)[aeiouAEIO]")
 
@@ -156,10 +151,10 @@ class Composer:
     def code(self, count: int) -> Iterator[Prompt]:
         """Requests about code and documentation of the standard library, up to eight on one piece of it."""
         pieces: list[dict[str, str]] = []
-        for path in self._shuffled(_library_files()):
+        for path in self._shuffled(library_code.files()):
             if len(pieces) > 4 * count:
                 break
-            pieces += _pieces(path)
+            pieces += library_code.pieces(path)
         requests = []
         for piece in pieces:
             frames = [frame for name in sorted(piece.keys() & self._framed["frames"].keys())
@@ -215,61 +210,6 @@ class Composer:
         items = list(items)
         self._rng.shuffle(items)
         return items
-
-
-def _library_files() -> list[pathlib.Path]:
-    root = pathlib.Path(sysconfig.get_path("stdlib"))
-    modules = sorted(sys.stdlib_module_names - LEFT_OUT)
-    files = [path for name in modules for path in (root / f"{name}.py", *sorted((root / name).rglob("*.py")))]
-    return [path for path in files if path.is_file() and not {"test", "tests"} & set(path.relative_to(root).parts)]
-
-
-def _pieces(path: pathlib.Path) -> list[dict[str, str]]:
-    """What can be asked about in a module: texts by the slot they fill, one dict a function, class or documentation."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source)
-    except (OSError, UnicodeDecodeError, SyntaxError):
-        return []
-    lines = source.splitlines()
-    if path.parent.name == "pydoc_data":
-        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        pieces = [{"text": _shortened(text)} for text in texts if len(text) > 300]
-    else:
-        documentation = ast.get_docstring(tree) or ""
-        pieces = [{"text": _shortened(documentation)}] if len(documentation) > 200 else []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            pieces.append(_definition(node, lines))
-    return [piece for piece in pieces if piece]
-
-
-def _definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: Sequence[str]) -> dict[str, str]:
-    """The slots `code`, `stub` (signature and docstring) and `bare` (without docstring), so far as the lengths allow."""
-    first, last = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1, node.end_lineno
-    if not 4 <= last - first <= LONGEST_CODE:
-        return {}
-    kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    if kind == "function" and node.args.args and node.args.args[0].arg in ("self", "cls"):
-        kind = "method"
-    texts = {"code": lines[first:last]}
-    if ast.get_docstring(node) and len(node.body) > 1:
-        docstring = node.body[0]
-        texts["stub"] = lines[first:docstring.end_lineno]
-        texts["bare"] = lines[first:docstring.lineno - 1] + lines[docstring.end_lineno:last]
-    dedented = {name: textwrap.dedent("\n".join(text)).strip("\n") for name, text in texts.items()}
-    fitting = {name: text for name, text in dedented.items() if len(text) < LONGEST_TURN - 200}
-    return {"kind": kind, "name": node.name, **fitting} if fitting else {}
-
-
-def _shortened(text: str) -> str:
-    """The paragraphs of `text` that fit into a turn."""
-    kept = ""
-    for paragraph in text.strip().split("\n\n"):
-        if kept and len(kept) + len(paragraph) > LONGEST_TURN - 300:
-            break
-        kept += f"\n\n{paragraph}" if kept else paragraph
-    return kept
 
 
 def compose(count: int, seed: int, questions: Sequence[str]) -> list[Prompt]:
