@@ -7,6 +7,7 @@ import pytest
 from fakes import DATA
 
 import specmq_jax as sm
+from checkpoints_tools import demo_model
 
 GOLDEN = json.loads((DATA / "smollm2_135m_greedy.json").read_text())
 NEAR_TIE = 0.01
@@ -64,3 +65,16 @@ def test_a_low_bit_copy_drafts_and_changes_no_token(target, expected, length):
         assert found.tokens.tolist() == tokens
         lengths.extend(found.accept_lengths)
     assert np.mean(lengths) > 1.3
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_packaged_heads_draft_and_change_no_token(target, expected, version):
+    head = sm.load_head(demo_model.head(version), target)
+    assert head.config.version == version
+    decoder = sm.Decoder(target, sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=12)), sm.DecodeConfig(max_len=512))
+    lengths = []
+    for prompt, tokens in expected:
+        found = decoder.generate(prompt, 16)
+        assert found.tokens.tolist() == tokens
+        lengths.extend(found.accept_lengths)
+    assert np.mean(lengths) > 1.8
