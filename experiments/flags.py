@@ -28,7 +28,7 @@ class _Defaults:
 
 # a CPU pays for each row that the target verifies, a GPU hardly
 _CPU = _Defaults(tree_depth=3, tree_top_k=2, tree_size=4, min_draft_length=3, max_new_tokens=64, max_length=1024)
-_GPU = _Defaults(tree_depth=5, tree_top_k=8, tree_size=32, min_draft_length=6, max_new_tokens=512, max_length=4096)
+_GPU = _Defaults(tree_depth=6, tree_top_k=10, tree_size=60, min_draft_length=6, max_new_tokens=512, max_length=4096)
 
 
 def _by_device(field: str) -> str:
