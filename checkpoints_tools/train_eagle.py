@@ -39,7 +39,7 @@ class Settings:
     answers: pathlib.Path
     version: int = 3
     precision: str | None = None
-    slots: int
+    slots: int | None
     max_new_tokens: int = 512
     length: int
     batch: int
@@ -69,13 +69,14 @@ def train(source: str, destination: pathlib.Path, settings: Settings, console: C
     check_destination(destination)
     dialogues = answers.read_prompts(settings.prompts) if settings.prompts else []
     target = load(source, precision=settings.precision)
+    _check(target, settings)
     tokenizer = tk.load_tokenizer(target.directory)
     params = batched.dense_parameters(target)
-    sampler = Sampler(config=target.config, slots=settings.slots, max_len=settings.length,
+    sampler = Sampler(config=target.config, slots=settings.slots or _slots(target, settings.length), max_len=settings.length,
                       max_new_tokens=settings.max_new_tokens, stop_tokens=tk.stop_tokens(tokenizer, target.directory))
     if settings.self_prompts:
-        dialogues += answers.own_prompts(settings.answers / "own_prompts.jsonl", sampler, params, tokenizer,
-                                         settings.self_prompts, settings.seed, console)
+        kept = settings.answers / f"own_prompts_{settings.self_prompts}_{settings.seed}.jsonl"
+        dialogues += answers.own_prompts(kept, sampler, params, tokenizer, settings.self_prompts, settings.seed, console)
     store = answers.AnswerStore(settings.answers, answers.settings(target.directory.name, target.precision, sampler, dialogues))
     answers.make(store, sampler, params, tokenizer, dialogues, console)
 
@@ -99,6 +100,27 @@ def train(source: str, destination: pathlib.Path, settings: Settings, console: C
     head_files.export(destination, jax.device_get(trained.params), config, official, ids)
 
 
+def _check(target: Model, settings: Settings) -> None:
+    """What the flags ask for is possible with this target."""
+    config = target.config
+    if settings.version == 3 and config.num_layers < 4:
+        raise UserError(f"an EAGLE-3 head reads three layers of a target of at least 4; this one has {config.num_layers}; "
+                        "train --version=2")
+    if settings.length > config.max_position:
+        raise UserError(f"--length={settings.length} exceeds the model's limit of {config.max_position} tokens")
+
+
+def _slots(target: Model, length: int) -> int:
+    """As many dialogues side by side as a third of the free memory holds caches for, 512 at most; 8 on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
+        return 8
+    config = target.config
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * target.module.format.dtype.itemsize
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return max(8, min(512, free // 3 // (row * length)))
+
+
 def _draft_ids(sequences: Any, inside: np.ndarray, target: Model, settings: Settings) -> Int32[np.ndarray, "V"] | None:
     """The most frequent tokens of the answers, ascending; None where the head scores the target's whole vocabulary."""
     size = settings.draft_vocabulary or min(32768, target.config.vocab_size)
@@ -120,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
     settings = Settings(
         prompts=pathlib.Path(values.prompts) if values.prompts else None, self_prompts=values.self_prompts,
         work_dir=work_dir, answers=pathlib.Path(values.answers or work_dir / "answers"), version=int(values.version),
-        precision=values.precision, slots=values.slots or (8 if cpu else 512), max_new_tokens=values.max_new_tokens,
+        precision=values.precision, slots=values.slots, max_new_tokens=values.max_new_tokens,
         length=values.length, batch=values.batch or (4 if cpu else 16), epochs=values.epochs,
         learning_rate=values.learning_rate, drafts=values.drafts or (3 if values.version == "2" else 5),
         draft_vocabulary=values.draft_vocabulary, held_out=values.held_out, seed=values.seed)
@@ -136,7 +158,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("work_dir", None, "Where checkpoints and log.jsonl go. Default: DST.work.")
     flags.DEFINE_string("answers", None, "Where the target's answers are kept; heads of one target may share it. Default: "
                         "answers in --work_dir.")
-    flags.DEFINE_integer("slots", None, "Dialogues answered side by side. Default: 8 on a CPU, 512 on a GPU.", lower_bound=1)
+    flags.DEFINE_integer("slots", None, "Dialogues answered side by side. Default: 8 on a CPU, on a GPU what fits, 512 at "
+                         "most.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most.", lower_bound=2)
     flags.DEFINE_integer("length", 1024, "Tokens of a prompt with its answer, and of a row of training.", lower_bound=64)
     flags.DEFINE_integer("batch", None, "Rows of an update. Default: 4 on a CPU, 16 on a GPU.", lower_bound=1)

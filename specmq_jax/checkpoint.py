@@ -174,7 +174,7 @@ class CheckpointReader:
             _put(item, name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
             _put(arguments, name, ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding,
                                                        global_shape=leaf.shape, dtype=leaf.dtype))
-        with _reported(shard), _quiet():
+        with _reported(shard), quiet():
             tree = self._checkpointer.restore(shard.absolute(), args=ocp.args.PyTreeRestore(
                 item, restore_args=arguments, partial_restore=True))
         return dict(_named_leaves("", tree))
@@ -205,7 +205,7 @@ class CheckpointReader:
             shard = self.directory / "weights" / f"shard_{i:03}"
             if not shard.is_dir():
                 raise UserError(f"{shard} is missing; convert the model again")
-            with _reported(shard), _quiet():
+            with _reported(shard), quiet():
                 tree = self._checkpointer.metadata(shard.absolute()).item_metadata.tree
             stored |= {name: (shard, leaf) for name, leaf in _named_leaves("", tree)}
         return stored
@@ -297,7 +297,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         shard = self.directory / "weights" / f"shard_{self._shards:03}"
         shard.parent.mkdir(exist_ok=True)
-        with _quiet():
+        with quiet():
             _checkpointer().save(shard, args=ocp.args.PyTreeSave(self._pending))
         self._pending, self._pending_bytes = {}, 0
         self._shards += 1
@@ -356,7 +356,7 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    with _quiet():
+    with quiet():
         return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
@@ -381,7 +381,7 @@ def _tool_version() -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Orbax's log lines and warnings, which name no mistake of the user's, off the terminal."""
     logger = logging.getLogger("absl")
     level = logger.level

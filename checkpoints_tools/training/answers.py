@@ -183,9 +183,14 @@ def own_prompts(path: pathlib.Path, sampler: Sampler, params: Params, tokenizer:
       count: how many it tries; those that repeat or do not end are left out.
       seed: of the drawing.
       console: where progress is told.
+
+    Raises:
+      UserError: the tokenizer has no chat template to begin from, or the file can't be written.
     """
     if path.exists():
         return read_prompts(path)
+    if not tokenizer.chat_template:
+        raise UserError("--self_prompts needs a model whose tokenizer has a chat template; give --prompts=FILE")
     text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True)
     prefix = tuple(tokenizer.encode(text.split(_MARK)[0], add_special_tokens=False))
     drawn = dataclasses.replace(sampler, temperature=_OWN_TEMPERATURE, max_new_tokens=_OWN_LENGTH)
@@ -226,6 +231,10 @@ def make(store: AnswerStore, sampler: Sampler, params: Params, tokenizer: Any, d
         prompt = tuple(tk.encode_chat(tokenizer, messages))
         return Request(key=(dialogue, tuple(answers)), prompt=prompt) if 2 * len(prompt) <= sampler.max_len else None
 
+    too_long = sum(request(dialogue, ()) is None for dialogue in range(len(dialogues)))
+    if too_long:
+        console.print(f"answering: {too_long} dialogues begin with more than {sampler.max_len // 2} tokens and are left out",
+                      highlight=False, soft_wrap=True)
     made: dict[int, list[tuple[int, ...]]] = {}
     for dialogue, _, length, tokens in sorted(store.found(), key=lambda row: row[:2]):
         made.setdefault(dialogue, []).append(tuple(tokens[length:].tolist()))

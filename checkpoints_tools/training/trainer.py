@@ -1,9 +1,7 @@
 """The optimisation of a head, with checkpoints to go on from."""
 
 import dataclasses
-import functools
 import json
-import logging
 import pathlib
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from checkpoints_tools.training.answers import Sequences
 from checkpoints_tools.training.batched import Params
 from checkpoints_tools.training.objective import Acceptance, Objective
 from checkpoints_tools.training.rows import Rows
+from specmq_jax.checkpoint import quiet
 from specmq_jax.errors import UserError
 
 
@@ -90,7 +89,7 @@ class Trainer:
         schedule = self.schedule
         state = params, self._optimizer.init(params)
         outside = row_packing.pack(sequences, held_out, schedule.length)
-        with _quiet(), self._checkpoints() as kept:
+        with quiet(), self._checkpoints() as kept:
             done = kept.latest_step() or 0
             if done:
                 state = self._restored(kept, done, state)
@@ -177,7 +176,7 @@ class Trainer:
 
     def _restored(self, kept: ocp.CheckpointManager, step: int, like: Any) -> Any:
         try:
-            return kept.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(functools.partial(lambda x: x, like))))
+            return kept.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"the checkpoint of update {step} in {self._directory} is damaged or of another head "
                             f"({str(error).splitlines()[0][:120]}); give another --work_dir") from None
@@ -186,15 +185,3 @@ class Trainer:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:160]
         return UserError(f"{self._directory} can't be written: {reason}; the checkpoints it holds are kept, and the same "
                          "command goes on behind them")
-
-
-class _quiet:
-    """Keeps Orbax's log lines off the terminal."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("absl")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: Any) -> None:
-        self._logger.setLevel(self._level)

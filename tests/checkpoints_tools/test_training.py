@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import specmq_jax as sm
 from checkpoints_tools import train_eagle
-from checkpoints_tools.training import answers, batched, rows
+from checkpoints_tools.training import answers, batched, rows, trainer
 from checkpoints_tools.training.sampler import Request, Sampler
 from specmq_jax import tokenizer as tk
 
@@ -67,6 +68,17 @@ def test_unrolled_drafts_are_those_of_a_growing_chain(family):
             feature, cache = apply(tokens[row + 1 + draft][None], feature, cache, jnp.array([draft - 1]),
                                    jnp.ones((1, draft), bool), own=True, skip=draft - 1)
             np.testing.assert_allclose(found[draft][0, row], feature[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_low_bit_target_is_trained_for_as_it_computes():
+    config = sm.LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+                            head_dim=16, max_position=512)
+    target = sm.random_model(config, "w4a16-g32", seed=1)
+    params = batched.dense_parameters(target)
+    for name, part in (("qkv", "attention"), ("down", "mlp")):
+        packed = target.params["params"]["layers_1"][part][name]["w"]
+        weight = params["layers_1"][part][name]["w"]
+        np.testing.assert_array_equal(weight, target.module.format.unpack(packed, weight.shape).astype(jnp.float16))
 
 
 def test_slots_answer_as_the_decoder_does():
@@ -145,9 +157,6 @@ def test_a_head_is_trained_from_one_command_and_drafts_what_it_learned(version, 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_at_the_same_head(prompt_file, tmp_path, monkeypatch):
-    from rich.console import Console
-
-    from checkpoints_tools.training import trainer
 
     def settings(name):
         return train_eagle.Settings(prompts=prompt_file, work_dir=tmp_path / name, answers=tmp_path / "answers", version=2,
@@ -179,12 +188,8 @@ def _with(function, **changes):
 
 def test_answers_are_resumed_and_a_full_disk_loses_none(tmp_path, monkeypatch):
     base = sm.load(BASES[2], expand=True)
-    from rich.console import Console
-
-    from specmq_jax.tokenizer import load_tokenizer
-
     console = Console(file=io.StringIO())
-    tokenizer, params = load_tokenizer(base.directory), batched.dense_parameters(base)
+    tokenizer, params = tk.load_tokenizer(base.directory), batched.dense_parameters(base)
     sampler = Sampler(config=base.config, slots=4, max_len=64, max_new_tokens=8, stop_tokens=())
     dialogues = [(f"number {i}", "more") for i in range(10)]
     made = {"model": "x"}
@@ -207,6 +212,28 @@ def test_answers_are_resumed_and_a_full_disk_loses_none(tmp_path, monkeypatch):
     assert sorted(row[:2] for row in kept.found()) == [(i, turn) for i in range(10) for turn in (0, 1)]
     with pytest.raises(sm.UserError, match="holds answers made otherwise"):
         answers.AnswerStore(tmp_path / "answers", {"model": "y"})
+
+
+def test_prompts_of_its_own_are_written_once(tmp_path):
+    base = sm.load(BASES[2], expand=True)
+    tokenizer, params = tk.load_tokenizer(base.directory), batched.dense_parameters(base)
+    sampler = Sampler(config=base.config, slots=4, max_len=256, max_new_tokens=8, stop_tokens=tuple(range(60)))
+    ask = lambda seed: answers.own_prompts(tmp_path / f"{seed}.jsonl", sampler, params, tokenizer, 12, seed,  # noqa: E731
+                                           Console(file=io.StringIO()))
+    with pytest.raises(sm.UserError, match="whose tokenizer has a chat template"):
+        ask(0)
+    tokenizer.chat_template = "{% for message in messages %}user: {{ message.content }} end{% endfor %}"
+    found = ask(0)
+    assert 0 < len(found) <= 12 and len(set(found)) == len(found) and all(text.strip() for (text,) in found)
+    assert ask(0) == found and ask(1) != found
+
+
+def test_what_a_target_does_not_allow_is_one_line(prompt_file, tmp_path):
+    for option, message in (("--version=3", "reads three layers of a target of at least 4; this one has 2"),
+                            ("--length=100000", "exceeds the model's limit of")):
+        found = command(BASES[2], tmp_path / "head", prompt_file, "--version=2", option)
+        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+    assert not (tmp_path / "head.work").exists()
 
 
 def test_bad_prompt_files_are_one_line(tmp_path):

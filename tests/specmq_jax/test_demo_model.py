@@ -58,23 +58,23 @@ def expected(plain):
 @pytest.mark.parametrize("length", [1, 4, 7])
 def test_a_low_bit_copy_drafts_and_changes_no_token(target, expected, length):
     draft = target.with_precision("w4a16-g64")
-    decoder = sm.Decoder(target, sm.ChainDrafter(draft, length), sm.DecodeConfig(max_len=512))
-    lengths = []
-    for prompt, tokens in expected:
-        found = decoder.generate(prompt, 16)
-        assert found.tokens.tolist() == tokens
-        lengths.extend(found.accept_lengths)
-    assert np.mean(lengths) > 1.3
+    assert mean_accept_length(target, sm.ChainDrafter(draft, length), expected) > 1.3
 
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_the_packaged_heads_draft_and_change_no_token(target, expected, version):
     head = sm.load_head(demo_model.head(version), target)
     assert head.config.version == version
-    decoder = sm.Decoder(target, sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=12)), sm.DecodeConfig(max_len=512))
+    drafter = sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=12))
+    assert mean_accept_length(target, drafter, expected) > 1.8
+
+
+def mean_accept_length(target, drafter, expected):
+    """Over all prompts, each of which must get the expected tokens."""
+    decoder = sm.Decoder(target, drafter, sm.DecodeConfig(max_len=512))
     lengths = []
     for prompt, tokens in expected:
         found = decoder.generate(prompt, 16)
         assert found.tokens.tolist() == tokens
         lengths.extend(found.accept_lengths)
-    assert np.mean(lengths) > 1.8
+    return np.mean(lengths)
