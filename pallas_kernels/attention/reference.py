@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.attention import mask as masks
 
-BLOCK = 256
+BLOCK = 128
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 
 
