@@ -59,7 +59,7 @@ class Objective:
         known = jnp.ones(best.shape, bool)
         if ids is not None:
             labels, known = labels[..., ids], jnp.zeros(self.head.vocab_size, bool).at[ids].set(True)[best]
-        loss, figures, alive, inside = 0.0, [], known | True, segments > 0
+        loss, figures, alive, inside = 0.0, [], jnp.ones_like(known), segments > 0
         for step, feature in enumerate(features):
             # row t predicts the token at t + 2 + step, which the target scores at t + 1 + step
             counted = (batched.shift(segments, step + 2) == segments) & (segments > 0) & batched.shift(answer, step + 2)

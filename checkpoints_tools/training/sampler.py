@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -77,7 +79,7 @@ class Sampler:
 
     def run(self, params: batched.Params, requests: Iterable[Request], *, seed: int = 0,
             follow_up: Callable[[Completion], Request | None] = lambda _: None) -> Iterator[Completion]:
-        """Answers all requests, the shortest waiting first to be admitted together with its likes.
+        """Answers all requests, in the order in which their answers end.
 
         Args:
           params: as `batched.dense_parameters` gives them.
@@ -88,17 +90,17 @@ class Sampler:
         waiting = collections.deque(requests)
         held: list[Request | None] = [None] * self.slots
         state = self._empty(params)
-        key = jax.random.key(seed)
-        for turn in range(2**31):
+        keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), itertools.count())
+        while True:
             free = [slot for slot, request in enumerate(held) if request is None]
             while waiting and free:
                 taken = [(free.pop(), waiting.popleft()) for _ in range(min(len(free), len(waiting), self.admitted))]
                 for slot, request in taken:
                     held[slot] = request
-                state = self._admit(params, state, taken, jax.random.fold_in(key, 2 * turn))
+                state = self._admit(params, state, taken, next(keys))
             if not any(held):
                 return
-            state = _decode(self, params, state, jax.random.fold_in(key, 2 * turn + 1))
+            state = _decode(self, params, state, next(keys))
             done, length = np.asarray(state.done), np.asarray(state.length)
             ended = [slot for slot, request in enumerate(held) if request is not None and done[slot]]
             if not ended:
