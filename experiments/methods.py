@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import specmq_jax as sm
+from checkpoints_tools.demo_model import NAME as DEMO_NAME
 from specmq_jax import tokenizer as tokens
 from specmq_jax.drafters.vocabulary import cut_vocabulary, read_ranking
 from specmq_jax.errors import UserError
 from specmq_jax.head import head_version
-
-DEMO_NAME = "SmolLM2-135M-Instruct"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

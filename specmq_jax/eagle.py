@@ -5,7 +5,7 @@ arXiv 2503.01840 (EAGLE-3).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -127,13 +127,18 @@ class EagleHead(nn.Module):
         return residual, residual.astype(dtype)
 
 
+def eagle_version(names: Container[str]) -> int:
+    """2 or 3, from the names of an official head's tensors; EAGLE-1 heads are of kind 2."""
+    return 3 if "midlayer.hidden_norm.weight" in names else 2
+
+
 def eagle_config(head: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], target: LlamaConfig) -> EagleConfig:
     """The configuration of an official head from its config.json and the shapes of its tensors.
 
     The head's own file rules its rope, eps and sizes (nothing is inherited from the target); the tensors that are there
     decide version, bias and the vocabulary it scores. Rules: SafeAILab/EAGLE's modules `cnets.py` and `cnets1.py`.
     """
-    version = 3 if "midlayer.hidden_norm.weight" in tensors else 2
+    version = eagle_version(tensors)
     hidden = tensors["fc.weight"][0]
     own = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "vocab_size": target.vocab_size}
     layer = LlamaConfig.from_hf({**own, **head, "architectures": ["LlamaForCausalLM"], "hidden_size": hidden})

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from specmq_jax import formats
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig, read_json
-from specmq_jax.eagle import EagleConfig, EagleHead, eagle_config
+from specmq_jax.eagle import EagleConfig, EagleHead, eagle_config, eagle_version
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, WeightFormat
 from specmq_jax.model import Model
@@ -99,7 +99,7 @@ def head_version(directory: str | pathlib.Path) -> int:
     else:
         names = set(_read_tensors(directory))
     _check_kind(directory, names)
-    return 3 if "midlayer.hidden_norm.weight" in names else 2
+    return eagle_version(names)
 
 
 def _target_ids(tensors: Tensors) -> jax.Array | None:
