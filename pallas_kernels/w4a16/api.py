@@ -1,9 +1,12 @@
 """Products of half-precision activations with symmetric 4-bit weights."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import launch
+from pallas_kernels.dense import api as dense
 from pallas_kernels.partials import add_up
 from pallas_kernels.w4a16 import kernel, layout, reference
 
@@ -55,13 +58,22 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[A
 
 
 def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], *,
-                    group_size: int, config: kernel.Config | None = None, implementation: str | None = None
-                    ) -> Float[Array, "S M N"]:
+                    group_size: int, config: kernel.Config | None = None, implementation: str | None = None,
+                    reproducible: bool = False) -> Float[Array, "S M N"]:
     """`matmul` with its split-K partial sums left to the consumer: f32[S, M, N] whose sum over S is the product.
 
-    S >= 1 depends on the shapes and the device only, and each share is summed in a fixed order.
+    S >= 1 depends on the shapes and the device only, and each share is summed in a fixed order. With `reproducible` S and
+    the bits of a row are the same for every number of rows up to `kernel.MAX_ROWS`; more rows give other bits, which
+    depend on the shapes alone. `config` is then left out. The reference promises no bits.
     """
+    if reproducible:
+        return _reproducible_partials(x, packed, scales, group_size, implementation)
     return _partials(x, packed, scales, group_size, None, config, implementation)
+
+
+def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
+    """What a tuned table calls [rows, inner] @ [inner, columns]; `rows` in one block of the accumulator share a config."""
+    return f"{inner}x{columns}/g{group_size}/m{max(8, launch.power_of_two(rows))}"
 
 
 def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], group_size: int,
@@ -77,13 +89,29 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Floa
         weights = reference.dequantise(packed, scales, inner, group_size).astype(x.dtype)
         precision = "highest" if x.dtype == jnp.float32 else None
         return jnp.dot(x, weights, preferred_element_type=jnp.float32, precision=precision)[None]
-    columns = packed.shape[1]
-    if config is None:
-        fields = launch.tuned("w4a16", f"{inner}x{columns}/g{group_size}/m{kernel.block_m(rows)}")
-        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, columns)
+    config = config or _config(rows, inner, packed.shape[1], group_size)
     dtype = unsplit_dtype if unsplit_dtype and kernel.shares(inner, config) == 1 else jnp.float32
     return kernel.matmul_partials(x, packed, scales, group_size=group_size, out_dtype=dtype, config=config,
                                   interpret=chosen == "interpret")
+
+
+def _config(rows: int, inner: int, columns: int, group_size: int) -> kernel.Config:
+    fields = launch.tuned("w4a16", tuning_key(rows, inner, columns, group_size))
+    return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, columns)
+
+
+def _reproducible_partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"],
+                           group_size: int, implementation: str | None) -> Float[Array, "S M N"]:
+    chosen, (rows, inner) = launch.choose(implementation), x.shape
+    if chosen == "reference":
+        return _partials(x, packed, scales, group_size, None, None, implementation)
+    if rows > kernel.MAX_ROWS or x.dtype == jnp.float32:
+        _check(x, packed, scales, group_size)
+        weights = reference.dequantise(packed, scales, inner, group_size).astype(x.dtype)
+        return dense.matmul_partials(x, weights, implementation=implementation)
+    # The largest tree's config for all: one instruction, which adds up in one order whatever the number of rows.
+    config = dataclasses.replace(_config(kernel.MAX_ROWS, inner, packed.shape[1], group_size), least_rows=16)
+    return _partials(x, packed, scales, group_size, None, config, implementation)
 
 
 def _check(x: Array, packed: Array, scales: Array, group_size: int) -> None:

@@ -29,6 +29,23 @@ def planes_of(words: Int32[Array, "R C"], dtype: jnp.dtype, *, inline_asm: bool)
     return planes
 
 
+def joined(planes: list[Float[Array, "R C"]], axis: int) -> Float[Array, "..."]:
+    """A power of two of planes one behind the other along `axis`, the axis of K, for one long product of them all.
+
+    The tensor core takes K in steps of a plane's 16 rows, so that the joining of registers costs no instruction.
+    """
+    while len(planes) > 1:
+        planes = [_join(*planes[first:first + 2], axis) for first in range(0, len(planes), 2)]
+    return planes[0]
+
+
+def _join(a: Array, b: Array, axis: int) -> Array:
+    shape = list(a.shape)
+    shape[axis] *= 2
+    between = (2, 0, 1) if axis == 0 else (0, 2, 1)
+    return jnp.transpose(jnp.stack([a, b], axis=-1), between).reshape(shape)
+
+
 def _plane_in_ptx(words: Int32[Array, "R C"], nibble: int, dtype: jnp.dtype) -> Float[Array, "R C"]:
     """One plane, two words at a time.
 
@@ -52,3 +69,14 @@ def _plane_in_ptx(words: Int32[Array, "R C"], nibble: int, dtype: jnp.dtype) -> 
     [plane] = plgpu.elementwise_inline_asm(asm, args=[words], constraints="=r,r,r", pack=2,
                                            result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)])
     return plane
+
+
+def multiply_add(a: Float[Array, "M N"], b: Float[Array, "M N"], c: Float[Array, "M N"], *, inline_asm: bool
+                 ) -> Float[Array, "M N"]:
+    """a * b + c in f32, which the compiler would leave as two instructions; the inline form rounds once."""
+    if not inline_asm:
+        return a * b + c
+    [out] = plgpu.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;", args=[a, jnp.broadcast_to(b, a.shape), c], constraints="=f,f,f,f", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)])
+    return out
