@@ -5,6 +5,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import launch
 from pallas_kernels.norm import kernel, reference
+from pallas_kernels.norm.row_scale import RowScale
+
+MOST_DEFERRED_ROWS = 64
+_CHUNK = 512  # columns a program; the readers of the factor add up a row's chunks
 
 
 def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None, weight: Float[Array, "D"], *,
@@ -29,6 +33,47 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
     Raises:
       ValueError: shapes that do not fit each other, or a residual or weight that is not f32.
     """
+    _check(residual, partials, weight)
+    chosen = launch.choose(implementation)
+    if chosen == "reference":
+        return reference.add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype)
+    if config is None:
+        fields = launch.tuned("norm", tuning_key(residual.shape[1]))
+        config = kernel.Config(**fields) if fields else kernel.heuristic(residual.shape[1])
+    return kernel.add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, config=config,
+                               interpret=chosen == "interpret")
+
+
+def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None,
+                          weight: Float[Array, "D"], *, eps: float, out_dtype: jnp.dtype, implementation: str | None = None
+                          ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], RowScale | None]:
+    """`add_rms_norm` that leaves each row's factor to the readers of a linear function of it.
+
+    A row's statistic needs the whole row, which one program would read alone while the GPU waits. Without it every
+    chunk of a row has a program of its own; the readers of (x * weight) @ w multiply by the factor.
+
+    Args: as in `add_rms_norm`.
+
+    Returns:
+      The summed residual, f32[M, D]; out_dtype[M, D] and the factor that makes it the normalised rows, None where they
+      are normalised already: in the reference, and for more than `MOST_DEFERRED_ROWS`, which fill a GPU as they are.
+      Values beyond out_dtype's range, which a factor of a later launch can't bring back, end at its largest.
+
+    Raises:
+      ValueError: as in `add_rms_norm`.
+    """
+    _check(residual, partials, weight)
+    chosen = launch.choose(implementation)
+    rows, columns = residual.shape
+    if chosen == "reference" or rows > MOST_DEFERRED_ROWS:
+        return *add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, implementation=chosen), None
+    total, scaled, squares = kernel.add_scale(
+        residual, partials, weight, out_dtype=jnp.dtype(out_dtype), chunk=min(_CHUNK, launch.power_of_two(columns)),
+        interpret=chosen == "interpret")
+    return total, scaled, RowScale(squares, columns, eps)
+
+
+def _check(residual: Array, partials: Array | None, weight: Array) -> None:
     if residual.ndim != 2 or residual.dtype != jnp.float32:
         raise ValueError(f"residual is {residual.dtype}{list(residual.shape)}; expected float32[M, D]")
     if partials is not None and (partials.ndim != 3 or partials.shape[0] < 1 or partials.shape[1:] != residual.shape):
@@ -36,11 +81,8 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
                          f"{residual.shape[1]}]")
     if weight.shape != residual.shape[1:] or weight.dtype != jnp.float32:
         raise ValueError(f"weight is {weight.dtype}{list(weight.shape)}; expected float32[{residual.shape[1]}]")
-    chosen = launch.choose(implementation)
-    if chosen == "reference":
-        return reference.add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype)
-    if config is None:
-        fields = launch.tuned("norm", str(residual.shape[1]))
-        config = kernel.Config(**fields) if fields else kernel.heuristic(residual.shape[1])
-    return kernel.add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, config=config,
-                               interpret=chosen == "interpret")
+
+
+def tuning_key(columns: int) -> str:
+    """What a tuned table calls rows of `columns`."""
+    return str(columns)

@@ -1,4 +1,4 @@
-"""Residual addition and RMSNorm in one launch, a program per row."""
+"""Residual addition and RMSNorm in one launch: a program per row, or one per chunk of a row that leaves the scale open."""
 
 import dataclasses
 import functools
@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import launch
 
+_BATCH = 8  # partial sums in flight, which is what registers have room for
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -20,8 +22,8 @@ class Config:
 
 
 def heuristic(columns: int) -> Config:
-    # A step has few rows, so the launch is as long as one row: 4 to 16 loads in flight a thread.
-    return Config(num_warps=4 if columns <= 2048 else 8 if columns <= 4096 else 16)
+    # A step has few rows, so the launch is as long as one row: as many threads as its loads can fill.
+    return Config(num_warps=4 if columns <= 1024 else 8 if columns <= 2048 else 16)
 
 
 def _body(*refs, eps: float, block: int, splits: int):
@@ -31,12 +33,15 @@ def _body(*refs, eps: float, block: int, splits: int):
     lanes = jnp.arange(block)  # not pl.ds: JAX 0.12 refuses a slice past the end, masked or not
     mask = None if block == columns else lanes < columns
     other = None if mask is None else 0.0
-    total = plgpu.load(residual_ref.at[row, lanes], mask=mask, other=other)
-    for split in range(splits):
-        part = inputs[0].at[split * pl.num_programs(0) + row, lanes]
-        total += plgpu.load(part, mask=mask, other=other).astype(jnp.float32)
-    mean_square = jnp.sum(total * total) / columns
     weight = plgpu.load(weight_ref.at[lanes], mask=mask, other=other)
+    total = plgpu.load(residual_ref.at[row, lanes], mask=mask, other=other)
+    # The compiler keeps loads in order and waits before an addition: all of a batch are asked for first.
+    for first in range(0, splits, _BATCH):
+        parts = [plgpu.load(inputs[0].at[split * pl.num_programs(0) + row, lanes], mask=mask, other=other)
+                 for split in range(first, min(first + _BATCH, splits))]
+        for part in parts:
+            total += part.astype(jnp.float32)
+    mean_square = jnp.sum(total * total) / columns
     normed = total * jax.lax.rsqrt(mean_square + eps) * weight
     plgpu.store(out_ref.at[row, lanes], total, mask=mask)
     plgpu.store(normed_ref.at[row, lanes], normed.astype(normed_ref.dtype), mask=mask)
@@ -56,3 +61,39 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
         interpret=interpret, name="add_rms_norm",
         out_shape=(jax.ShapeDtypeStruct(residual.shape, jnp.float32),
                    jax.ShapeDtypeStruct(residual.shape, out_dtype))))
+
+
+def _scale_body(*refs, chunk: int, splits: int):
+    residual_ref, *inputs, weight_ref, out_ref, scaled_ref, squares_ref = refs
+    row, part = pl.program_id(0), pl.program_id(1)
+    columns = residual_ref.shape[1]
+    lanes = part * chunk + jnp.arange(chunk)
+    mask = None if columns % chunk == 0 else lanes < columns
+    other = None if mask is None else 0.0
+    weight = plgpu.load(weight_ref.at[lanes], mask=mask, other=other)
+    total = plgpu.load(residual_ref.at[row, lanes], mask=mask, other=other)
+    parts = [plgpu.load(inputs[0].at[split * pl.num_programs(0) + row, lanes], mask=mask, other=other)
+             for split in range(splits)]
+    for each in parts:
+        total += each.astype(jnp.float32)
+    largest = float(jnp.finfo(scaled_ref.dtype).max)
+    scaled = jnp.minimum(jnp.maximum(total * weight, -largest), largest)
+    plgpu.store(out_ref.at[row, lanes], total, mask=mask)
+    plgpu.store(scaled_ref.at[row, lanes], scaled.astype(scaled_ref.dtype), mask=mask)
+    plgpu.store(squares_ref.at[row, part], jnp.sum(total * total))
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "chunk", "interpret"))
+def add_scale(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None, weight: Float[Array, "D"], *,
+              out_dtype: jnp.dtype, chunk: int, interpret: bool
+              ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], Float[Array, "M C"]]:
+    """The summed residual, that times the weight, and the sum of squares of each chunk of `chunk` columns."""
+    rows, columns = residual.shape
+    splits = 0 if partials is None else partials.shape[0]
+    summands = () if partials is None else (partials.reshape(-1, columns),)
+    chunks = pl.cdiv(columns, chunk)
+    return tuple(launch.call(
+        functools.partial(_scale_body, chunk=chunk, splits=splits), (residual, *summands, weight), grid=(rows, chunks),
+        num_warps=max(1, chunk // 128), num_stages=1, interpret=interpret, name="add_scale",
+        out_shape=(jax.ShapeDtypeStruct(residual.shape, jnp.float32), jax.ShapeDtypeStruct(residual.shape, out_dtype),
+                   jax.ShapeDtypeStruct((rows, chunks), jnp.float32))))

@@ -4,13 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
+from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.rope import kernel, reference
 
 
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
                 k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
-                heads: int, kv_heads: int, head_dim: int, config: kernel.Config | None = None,
-                implementation: str | None = None
+                heads: int, kv_heads: int, head_dim: int, row_scale: RowScale | None = None,
+                config: kernel.Config | None = None, implementation: str | None = None
                 ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
     """Adds up the partial sums of q|k|v, rotates q and k, and writes k and v at cache rows [length, length + M).
 
@@ -22,6 +23,7 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
       cos, sin: f32[M, head_dim / 2] at the rows' positions.
       k_cache, v_cache: [L, kv_heads, head_dim], both of one dtype.
       length: i32 scalar; length + M must not exceed L (a traced value cannot be checked).
+      row_scale: a factor that qkv's rows are still owed.
       config: launch parameters; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
@@ -49,9 +51,14 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
     chosen = launch.choose(implementation)
     if chosen == "reference":
         return reference.rope_append(qkv, cos, sin, k_cache, v_cache, length, heads=heads, kv_heads=kv_heads,
-                                     head_dim=head_dim)
+                                     head_dim=head_dim, row_scale=row_scale)
     if config is None:
-        fields = launch.tuned("rope", f"{heads + 2 * kv_heads}x{head_dim}/m{launch.power_of_two(rows)}")
+        fields = launch.tuned("rope", tuning_key(rows, heads, kv_heads, head_dim))
         config = kernel.Config(**fields) if fields else kernel.heuristic(rows)
-    return kernel.rope_append(qkv, cos, sin, k_cache, v_cache, length, heads=heads, kv_heads=kv_heads,
+    return kernel.rope_append(qkv, cos, sin, k_cache, v_cache, length, row_scale, heads=heads, kv_heads=kv_heads,
                               head_dim=head_dim, config=config, interpret=chosen == "interpret")
+
+
+def tuning_key(rows: int, heads: int, kv_heads: int, head_dim: int) -> str:
+    """What a tuned table calls rows of these heads; rows up to the same power of two share a config."""
+    return f"{heads + 2 * kv_heads}x{head_dim}/m{launch.power_of_two(rows)}"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
+from pallas_kernels.norm.row_scale import RowScale, inverse_rms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +32,10 @@ def heuristic(rows: int) -> Config:
     return Config() if rows <= 128 else Config(rows=16, num_warps=4)
 
 
-def _body(qkv_ref, cos_ref, sin_ref, length_ref, k_in, v_in, q_ref, k_ref, v_ref, *, config: Config, splits: int,
-          heads: int, kv_heads: int, head_dim: int):
-    del k_in, v_in  # the same memory as k_ref and v_ref
+def _body(qkv_ref, cos_ref, sin_ref, length_ref, _k_in, _v_in, *refs, config: Config, splits: int, heads: int,
+          kv_heads: int, head_dim: int, inverse_rms: Callable[[Array], Array] | None):
+    squares_ref = refs[0] if inverse_rms is not None else None
+    q_ref, k_ref, v_ref = refs[-3:]  # the caches' memory is that of `_k_in` and `_v_in`
     rows = q_ref.shape[0]
     head = pl.program_id(1)
     half = head_dim // 2
@@ -39,23 +43,30 @@ def _body(qkv_ref, cos_ref, sin_ref, length_ref, k_in, v_in, q_ref, k_ref, v_ref
     lane = jnp.arange(launch.power_of_two(half))[None, :]
     mask = (row < rows) & (lane < half)
 
-    def half_head(offset: int) -> Array:
+    def half_head(offset: int) -> list[Array]:
         column = head * head_dim + offset + lane
-        total = plgpu.load(qkv_ref.at[row, column], mask=mask, other=0).astype(jnp.float32)
-        for split in range(1, splits):
-            total += plgpu.load(qkv_ref.at[split * rows + row, column], mask=mask, other=0).astype(jnp.float32)
-        return total
+        return [plgpu.load(qkv_ref.at[split * rows + row, column], mask=mask, other=0) for split in range(splits)]
 
-    a, b = half_head(0), half_head(half)
+    # The compiler keeps loads in order and waits before an addition: all are asked for first.
+    length = length_ref[0]
     cos = plgpu.load(cos_ref.at[row, lane], mask=mask, other=0)
     sin = plgpu.load(sin_ref.at[row, lane], mask=mask, other=0)
+    parts = half_head(0), half_head(half)
+    if squares_ref is not None:
+        chunk = jnp.arange(launch.power_of_two(squares_ref.shape[1]))[None, :]
+        inside = (chunk < squares_ref.shape[1]) & (row < rows)
+        squares = plgpu.load(squares_ref.at[row, chunk], mask=inside, other=0.0)
+    a, b = (functools.reduce(operator.add, (part.astype(jnp.float32) for part in half_parts)) for half_parts in parts)
+    if squares_ref is not None:
+        scale = inverse_rms(jnp.sum(squares, axis=1))[:, None]
+        a, b = a * scale, b * scale
     low, high = a * cos - b * sin, a * sin + b * cos
 
     def write(ref, target_row: Array, target_head: Array, low: Array, high: Array, mask: Array) -> None:
         plgpu.store(ref.at[target_row, target_head, lane], low.astype(ref.dtype), mask=mask)
         plgpu.store(ref.at[target_row, target_head, lane + half], high.astype(ref.dtype), mask=mask)
 
-    target = length_ref[0] + row
+    target = length + row
     in_cache = mask & (target < k_ref.shape[0])  # a row past the end must not touch foreign memory
 
     @pl.when(head < heads)
@@ -73,14 +84,19 @@ def _body(qkv_ref, cos_ref, sin_ref, length_ref, k_in, v_in, q_ref, k_ref, v_ref
 
 @functools.partial(jax.jit, static_argnames=("heads", "kv_heads", "head_dim", "config", "interpret"))
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
-                k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
-                heads: int, kv_heads: int, head_dim: int, config: Config, interpret: bool
+                k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""],
+                row_scale: RowScale | None, *, heads: int, kv_heads: int, head_dim: int, config: Config, interpret: bool
                 ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
     """See `api.rope_append`."""
     splits, rows, features = qkv.shape
-    body = functools.partial(_body, config=config, splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    squares, factor = (), None
+    if row_scale is not None:
+        squares = (row_scale.squares,)
+        factor = functools.partial(inverse_rms, columns=row_scale.columns, eps=row_scale.eps)
+    body = functools.partial(_body, config=config, splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                             inverse_rms=factor)
     return tuple(launch.call(
-        body, (qkv.reshape(splits * rows, features), cos, sin, length.reshape(1), k_cache, v_cache),
+        body, (qkv.reshape(splits * rows, features), cos, sin, length.reshape(1), k_cache, v_cache, *squares),
         aliases={4: 1, 5: 2},
         grid=(pl.cdiv(rows, config.rows), heads + 2 * kv_heads), num_warps=config.num_warps, num_stages=1,
         interpret=interpret, name="rope_append",

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.partials import add_up
 
 
@@ -16,11 +17,14 @@ def rotate(x: Float[Array, "M H d"], cos: Float[Array, "M d2"], sin: Float[Array
 
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
                 k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
-                heads: int, kv_heads: int, head_dim: int
+                heads: int, kv_heads: int, head_dim: int, row_scale: RowScale | None = None
                 ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
     """See `api.rope_append`."""
     rows = qkv.shape[1]
-    total = add_up(qkv).reshape(rows, heads + 2 * kv_heads, head_dim)
+    total = add_up(qkv)
+    if row_scale is not None:
+        total = total * row_scale.values[:, None]
+    total = total.reshape(rows, heads + 2 * kv_heads, head_dim)
     q = rotate(total[:, :heads], cos, sin)
     k = rotate(total[:, heads:heads + kv_heads], cos, sin)
     v = total[:, heads + kv_heads:]

@@ -6,6 +6,7 @@ import pytest
 from comparison import relative_error
 
 from pallas_kernels.mlp import silu_mul
+from pallas_kernels.norm import RowScale
 
 
 def check(splits: int, rows: int, inner: int) -> None:
@@ -34,3 +35,13 @@ def test_real_sizes_on_gpu(rows, inner):
 def test_rejects_an_odd_width():
     with pytest.raises(ValueError, match=r"gate_up has shape \[1, 2, 7\]"):
         silu_mul(jnp.zeros((1, 2, 7)), out_dtype=jnp.float16)
+
+
+def test_applies_the_factor_that_a_deferred_norm_owes():
+    rng = np.random.default_rng(1)
+    partials = rng.normal(size=(3, 5, 16)).astype(np.float32)
+    scale = RowScale(jnp.asarray(rng.uniform(1, 9, (5, 2)), jnp.float32), 32, 1e-5)
+    factor = 1 / np.sqrt(np.asarray(scale.squares, np.float64).sum(1) / 32 + 1e-5)
+    paid = silu_mul(jnp.asarray(partials * factor[:, None], jnp.float32), out_dtype=jnp.float32)
+    owed = silu_mul(jnp.asarray(partials), out_dtype=jnp.float32, row_scale=scale)
+    assert relative_error(owed, paid) < 1e-6

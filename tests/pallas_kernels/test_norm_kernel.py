@@ -7,7 +7,7 @@ import pytest
 from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
 
-from pallas_kernels.norm import add_rms_norm
+from pallas_kernels.norm import add_rms_norm, add_rms_norm_deferred
 
 EPS = 1e-5
 
@@ -37,12 +37,36 @@ def test_adds_partials_and_normalises(rows, columns, splits, implementation):
     check(rows, columns, splits, implementation)
 
 
+def check_deferred(rows: int, columns: int, splits: int, implementation: str) -> None:
+    arrays, total, normed = problem(rows, columns, splits)
+    out, values, scale = add_rms_norm_deferred(*arrays, eps=EPS, out_dtype=jnp.float16, implementation=implementation)
+    assert (out.dtype, values.dtype) == (jnp.float32, jnp.float16)
+    assert relative_error(out, total) < 1e-6
+    assert (scale is None) == (implementation == "reference" or rows > 64)
+    factor = 1 if scale is None else scale.values[:, None]
+    assert relative_error(values.astype(jnp.float32) * factor, normed) < 5e-4
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "columns", "splits"), [(1, 64, 0), (7, 576, 1), (3, 1300, 4), (65, 32, 2)])
+def test_a_deferred_factor_makes_the_normalised_rows(rows, columns, splits, implementation):
+    check_deferred(rows, columns, splits, implementation)
+
+
+def test_a_deferred_norm_ends_at_the_largest_value():
+    huge = jnp.full((1, 64), 7e4)
+    _, values, scale = add_rms_norm_deferred(huge, None, jnp.ones(64), eps=EPS, out_dtype=jnp.float16,
+                                             implementation="interpret")
+    np.testing.assert_allclose(values.astype(jnp.float32) * scale.values, jnp.full((1, 64), 65504 / 7e4), rtol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [576, 1536, 4096, 8192])
 @pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128])
 def test_real_sizes_on_gpu(rows, columns):
-    for splits in (0, 1, 8):
+    for splits in (0, 1, 8, 16):
         check(rows, columns, splits, "kernel")
+        check_deferred(rows, columns, splits, "kernel")
 
 
 @pytest.mark.parametrize("columns", [576, 4096, 8192])
@@ -54,7 +78,12 @@ def test_is_one_launch(columns, splits):
         partials, weight = rest if splits else (None, *rest)
         return add_rms_norm(residual, partials, weight, eps=EPS, out_dtype=jnp.float16, implementation="kernel")
 
-    assert launches(cuda_text(function, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))) == 1
+    def deferred(residual, *rest):
+        partials, weight = rest if splits else (None, *rest)
+        return add_rms_norm_deferred(residual, partials, weight, eps=EPS, out_dtype=jnp.float16, implementation="kernel")
+
+    for each in (function, deferred):
+        assert launches(cuda_text(each, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))) == 1
 
 
 def test_names_the_offending_array():

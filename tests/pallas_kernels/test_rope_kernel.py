@@ -7,6 +7,7 @@ import pytest
 from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
 
+from pallas_kernels.norm import RowScale
 from pallas_kernels.rope import Config, rope_append
 
 
@@ -49,6 +50,22 @@ def test_rotates_and_writes_only_its_rows(shape, max_len, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_blocks_of_rows_and_half_precision(implementation):
     check(implementation, jnp.float16, 40, (2, 21, 4, 2, 32, 11), qkv_dtype=np.float16, config=Config(rows=8))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (5, 3), (17, 8)])
+def test_applies_the_factor_that_a_deferred_norm_owes(rows, chunks, implementation):
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 32}
+    (qkv, cos, sin), _ = problem(2, rows, 4, 2, 32, 3)
+    scale = RowScale(jnp.asarray(np.random.default_rng(0).uniform(1, 9, (rows, chunks)), jnp.float32), 64, 1e-5)
+    factor = 1 / np.sqrt(np.asarray(scale.squares, np.float64).sum(1) / 64 + 1e-5)
+    cache = jnp.zeros((32, 2, 32))
+    owed = rope_append(jnp.asarray(qkv), cos, sin, cache, cache, jnp.int32(3), row_scale=scale,
+                       implementation=implementation, **sizes)
+    paid = rope_append(jnp.asarray(qkv * factor[:, None], jnp.float32), cos, sin, cache, cache, jnp.int32(3),
+                       implementation="reference", **sizes)
+    for out, expected in zip(owed, paid, strict=True):
+        assert relative_error(out, expected) < 1e-6
 
 
 @pytest.mark.gpu
