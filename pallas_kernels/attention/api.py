@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import launch
-from pallas_kernels.attention import kernel, mask, reference
+from pallas_kernels.attention import kernel, mask, ordered, reference
 
 
 def pack_mask(tree_mask: Bool[Array, "T C"]) -> Int32[Array, "T W"]:
@@ -61,6 +61,65 @@ def causal_attention(q: Float[Array, "M Hq d"], k_cache: Float[Array, "L Hkv d"]
     return _attention(q, k_cache, v_cache, length, None, q.shape[0], scale, config, implementation)
 
 
+def tuning_key(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> str:
+    """What a tuned table calls attention of these sizes; rows up to the same power of two share a config."""
+    return f"{heads}x{kv_heads}x{head_dim}/{jnp.dtype(dtype)}/m{launch.power_of_two(rows)}"
+
+
+def tree_paths(tree_mask: Bool[Array, "T T"], depth: Int32[Array, "T"]) -> Int32[Array, "T T"]:
+    """A tree's paths for `ordered_attention`: entry [t, j] is the ancestor of node t at depth j, t itself at its own
+    depth, and 0 below it.
+
+    Raises ValueError for anything but bool[T, T] and int32[T].
+    """
+    rows = depth.shape[0] if depth.ndim == 1 else None
+    if tree_mask.shape != (rows, rows) or tree_mask.dtype != jnp.bool_ or depth.dtype != jnp.int32:
+        raise ValueError(f"mask is {tree_mask.dtype}{list(tree_mask.shape)}, depth {depth.dtype}{list(depth.shape)}; "
+                         "expected bool[T, T] and int32[T]")
+    return mask.paths(tree_mask, depth)
+
+
+def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+                      length: Int32[Array, ""], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *,
+                      scale: float | None = None, config: ordered.Config | None = None,
+                      implementation: str | None = None) -> Float[Array, "T Hq d"]:
+    """Attention of a draft tree's T rows, in bits that depend on a row's own path alone.
+
+    `tree_attention` with another order of summation: row t stands at position length + depth[t] and sees, in order of
+    position, the keys below `length` and key length + paths[t, j] for each j <= depth[t]. On a GPU the result is the same
+    for any T, any length and any order of nodes, as long as queries, keys and values of the positions are the same.
+
+    Args:
+      q, k_cache, v_cache, length: as for `tree_attention`, with a tail of T.
+      depth: int32[T], 0 for the root, at most `ordered.MOST_DEPTH` (a traced value cannot be checked).
+      paths: int32[T, D], from `tree_paths`; D is more than the largest depth.
+      scale: of the scores; default 1 / sqrt(d).
+      config: how the kernel is cut; default a heuristic.
+      implementation: as for `tree_attention`. The reference promises no bits.
+
+    Returns:
+      [T, Hq, d] in q's dtype.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or a head_dim that the kernel cannot take.
+    """
+    rows, heads, head_dim = q.shape if q.ndim == 3 else (None,) * 3
+    if depth.shape != (rows,) or depth.dtype != jnp.int32:
+        raise ValueError(f"depth is {depth.dtype}{list(depth.shape)}; expected int32[{rows}]")
+    if paths.ndim != 2 or paths.shape[0] != rows or paths.dtype != jnp.int32:
+        raise ValueError(f"paths are {paths.dtype}{list(paths.shape)}; expected int32[{rows}, D]")
+    chosen = launch.choose(implementation)
+    if chosen == "reference":
+        words = mask.pack(mask.of_paths(paths, depth))
+        return _attention(q, k_cache, v_cache, length, words, rows, scale, None, "reference")
+    _check(q, k_cache, v_cache)
+    _check_head_dim(head_dim)
+    return ordered.attention(
+        q, k_cache, v_cache, jnp.asarray(length, jnp.int32), depth, paths,
+        scale=head_dim ** -0.5 if scale is None else scale,
+        config=config or ordered.heuristic(rows, heads, k_cache.shape[1], q.dtype), interpret=chosen == "interpret")
+
+
 def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
                length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, tail: int, scale: float | None,
                config: kernel.Config | None, implementation: str | None) -> Float[Array, "T Hq d"]:
@@ -72,13 +131,17 @@ def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_ca
     chosen = launch.choose(implementation)
     if chosen == "reference":
         return reference.attention(q, k_cache, v_cache, length, mask_words, tail=tail, scale=scale)
-    if head_dim < 16 or not launch.is_power_of_two(head_dim):
-        raise ValueError(f"head_dim is {head_dim}; the kernel expects a power of two of at least 16")
+    _check_head_dim(head_dim)
     if config is None:
-        fields = launch.tuned("attention", f"{heads}x{kv_heads}x{head_dim}/{q.dtype}/m{launch.power_of_two(rows)}")
+        fields = launch.tuned("attention", tuning_key(rows, heads, kv_heads, head_dim, q.dtype))
         config = kernel.Config(**fields) if fields else kernel.heuristic(rows, heads, kv_heads, max_len, q.dtype)
     return kernel.attention(q, k_cache, v_cache, length, mask_words, tail=tail, scale=scale, config=config,
                             interpret=chosen == "interpret")
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim < 16 or not launch.is_power_of_two(head_dim):
+        raise ValueError(f"head_dim is {head_dim}; the kernel expects a power of two of at least 16")
 
 
 def _check(q: Array, k_cache: Array, v_cache: Array) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
+from trees import dense, random_tree
 
 from pallas_kernels.attention import Config, causal_attention, pack_mask, tree_attention
 
@@ -19,28 +20,6 @@ SHAPES = [
     ((100, 4, 1, 16, 0, 300), Config(splits=2, block_m=32)),
     ((5, 8, 1, 128, 59, 64), None),
 ]
-
-
-def random_tree(rows: int, rng: np.random.Generator) -> np.ndarray:
-    """The ancestor mask of a random tree whose parents precede their children."""
-    mask = np.eye(rows, dtype=bool)
-    for node in range(1, rows):
-        mask[node] |= mask[rng.integers(0, node)]
-    return mask
-
-
-def dense(q, k, v, length: int, mask: np.ndarray, scale: float) -> np.ndarray:
-    """Softmax attention in f64 over every live key at once; q [T, Hq, d], k and v [length + T, Hkv, d]."""
-    rows, heads, _ = q.shape
-    group = heads // k.shape[1]
-    seen = np.concatenate([np.ones((rows, length), bool), mask], axis=1)
-    out = np.empty(q.shape)
-    for head in range(heads):
-        keys, values = (cache[:, head // group].astype(np.float64) for cache in (k, v))
-        scores = np.where(seen, q[:, head].astype(np.float64) @ keys.T * scale, -np.inf)
-        weights = np.exp(scores - scores.max(1, keepdims=True))
-        out[:, head] = weights / weights.sum(1, keepdims=True) @ values
-    return out
 
 
 def check(shape: tuple, dtype, kind: str, config: Config | None, implementation: str, *, scale: float | None = None,
