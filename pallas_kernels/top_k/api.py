@@ -36,11 +36,16 @@ def log_softmax_top_k(logits: Float[Array, "M V"], k: int, *, config: kernel.Con
     if chosen == "reference" or k > kernel.MOST:
         return reference.log_softmax_top_k(logits, k)
     if config is None:
-        fields = launch.tuned("top_k", f"{columns}/k{k}/m{launch.power_of_two(rows)}")
+        fields = launch.tuned("top_k", tuning_key(rows, columns, k))
         config = kernel.Config(**fields) if fields else kernel.heuristic(rows, columns, k)
     if config.block < k:
         raise ValueError(f"block is {config.block}; expected at least k, {k}")
     return kernel.log_softmax_top_k(logits, k, config=config, interpret=chosen == "interpret")
+
+
+def tuning_key(rows: int, columns: int, k: int) -> str:
+    """What a tuned table calls the k best of [rows, columns]; rows up to the same power of two share a config."""
+    return f"{columns}/k{k}/m{launch.power_of_two(rows)}"
 
 
 def ranks(values: Float[Array, "C"], *, implementation: str | None = None) -> Int32[Array, "C"]:

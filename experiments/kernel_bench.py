@@ -1,0 +1,276 @@
+"""Times every kernel at the sizes of real models: python -m experiments.kernel_bench
+
+Weights and caches are read cold, launch gaps are counted. A table of each model and op, printed as soon as it is measured.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import flags
+from experiments.report import NO_VALUE, stdout
+from pallas_kernels import cases, timing, tune
+from pallas_kernels.cases import Case, ModelShape
+from pallas_kernels.timing import Loop, Plan, Timing
+from pallas_kernels.w4a16.api import GROUP_SIZES
+from specmq_jax import errors, metrics
+from specmq_jax.errors import UserError
+
+_LOOP_SECONDS = 2e-2
+_CONTEXTS = (512, 4096, 16384)
+_DRAFTED, _RANKED_VOCABULARY = 10, 32768  # candidates of a node of the papers' trees, and a frequency-ranked vocabulary
+
+# SpecMQuant's own W4A16 product in groups of 128 (Marlin) on an H200: K and N, then microseconds at these rows.
+_MARLIN_ROWS = (1, 8, 16, 32, 48, 60, 64)
+_MARLIN = {
+    (4096, 6144): (11.1, 11.2, 11.2, 19.0, 23.1, 28.7, 28.7), (4096, 4096): (10.4, 10.4, 10.5, 20.5, 24.8, 31.4, 31.4),
+    (4096, 28672): (28.1, 28.4, 28.7, 32.8, 40.7, 49.3, 49.7), (14336, 4096): (18.5, 18.2, 18.2, 29.6, 36.5, 44.9, 44.9),
+    (8192, 10240): (20.6, 20.8, 20.9, 27.9, 34.6, 41.7, 41.7), (8192, 8192): (16.9, 16.8, 16.9, 23.9, 29.5, 35.6, 35.7),
+    (8192, 57344): (90.5, 95.6, 98.6, 119, 165, 188, 182), (28672, 8192): (50.4, 47.9, 49.3, 64.5, 80.8, 97.5, 100),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """A call to measure.
+
+    Attributes:
+      shape: its sizes in words.
+      case: the call.
+      xla: what it is compared with, a call and its implementation; None compares it with nothing.
+      marlin: seconds that the peer's kernel takes on an H200, where they are known.
+    """
+
+    shape: str
+    case: Case
+    xla: tuple[Case, str | None] | None = None
+    marlin: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of the table. Times are in seconds, traffic in bytes (each read or written once), bandwidths in bytes/s.
+
+    `error` is what the kernel said where it failed to compile or run; its times are None then.
+    """
+
+    op: str
+    model: str
+    shape: str
+    rows: int
+    seconds: float | None
+    spread: float | None
+    traffic: int
+    bandwidth: float | None
+    xla_seconds: float | None
+    marlin_seconds: float | None
+    error: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What to measure.
+
+    Attributes:
+      rows: tokens of a step; None is each op's own choice.
+      group_size: of the 4-bit weights.
+      runs: of each loop.
+    """
+
+    rows: tuple[int, ...] | None = None
+    group_size: int = 128
+    runs: int = 30
+
+    def items(self, op: str, model: ModelShape) -> list[Item]:
+        """What is measured of an op."""
+        default, find = OPS[op]
+        return list(find(self, model, self.rows or default))
+
+    def measure(self, op: str, name: str, compared: dict[tuple, Timing]) -> list[Line]:
+        """Measures one op at the sizes of the model `name`; `compared` keeps XLA's times for the ops behind."""
+        items = self.items(op, cases.MODELS[name])
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = [pool.submit(_compile, item.case, None) for item in items]
+        lines = []
+        for item, future in zip(items, futures, strict=True):
+            ours = error = None
+            try:
+                ours = self._time(item.case, future.result())
+            except Exception as fault:  # one kernel that fails must not cost the figures of the others
+                error = (str(fault).strip() or repr(fault)).splitlines()[0]
+            lines.append(Line(
+                op=op, model=name, shape=item.shape, rows=item.case.rows, seconds=ours and ours.median,
+                spread=ours and ours.spread, traffic=item.case.traffic, bandwidth=ours and item.case.traffic / ours.median,
+                xla_seconds=self._xla(item, compared), marlin_seconds=item.marlin, error=error))
+        return lines
+
+    def _xla(self, item: Item, compared: dict[tuple, Timing]) -> float | None:
+        if item.xla is None:
+            return None
+        case, implementation = item.xla
+        key = case.label, case.rows, implementation
+        if key not in compared:
+            compared[key] = self._time(case, _compile(case, implementation))
+        return compared[key].median
+
+    def _time(self, case: Case, loop: Loop) -> Timing:
+        return timing.median_time(loop, case.operands(_plan(case).copies), self.runs)
+
+
+def _plan(case: Case) -> Plan:
+    return Plan.of(cold_bytes=case.cold_bytes, traffic=case.traffic, seconds=_LOOP_SECONDS)
+
+
+def _compile(case: Case, implementation: str | None) -> Loop:
+    plan = _plan(case)
+    return timing.compile_loop(case.step(None, implementation), case.abstract_operands(plan.copies), plan,
+                               carried=case.carried)
+
+
+def _products(result: str) -> Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]:
+    def find(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+        for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
+            case = cases.product(count, inner, columns, bench.group_size, result=result)
+            yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None),
+                       marlin=_marlin(inner, columns, count) if bench.group_size == 128 else None)
+    return find
+
+
+def _marlin(inner: int, columns: int, rows: int) -> float | None:
+    if (inner, columns) not in _MARLIN or rows not in _MARLIN_ROWS or "H200" not in metrics.device_name():
+        return None
+    return 1e-6 * _MARLIN[inner, columns][_MARLIN_ROWS.index(rows)]
+
+
+def _splits(bench: Bench, model: ModelShape, linear: str, rows: int) -> int:
+    """The partial sums that the op behind a product of the model has to add."""
+    case = cases.product(rows, *model.linears[linear], bench.group_size, result="partials")
+    [partials] = jax.eval_shape(case.step(None, None), *case.abstract_operands(1)[0])
+    return partials.shape[0]
+
+
+def _attention(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for context, count in itertools.product(_CONTEXTS, rows):
+        case = cases.tree_attention(count, model, context)
+        yield Item(shape=case.label, case=case)
+
+
+def _norm(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for count in rows:
+        case = cases.add_norm(count, model.hidden, _splits(bench, model, "down", count))
+        yield Item(shape=case.label, case=case, xla=(case, "reference"))
+
+
+def _rope(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for count in rows:
+        case = cases.rope_append(count, model, _splits(bench, model, "qkv", count))
+        yield Item(shape=case.label, case=case, xla=(case, "reference"))
+
+
+def _silu_mul(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for count in rows:
+        case = cases.silu_mul(count, model.intermediate, _splits(bench, model, "gate_up", count))
+        yield Item(shape=case.label, case=case)
+
+
+def _top_k(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for vocab, count in itertools.product(sorted({model.vocab, min(model.vocab, _RANKED_VOCABULARY)}), rows):
+        case = cases.best_of_vocabulary(count, vocab, _DRAFTED)
+        yield Item(shape=case.label, case=case, xla=(case, "reference"))
+
+
+_TREE_ROWS = (1, 10, 30, 60)
+OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]]] = {
+    "w4a16": (_MARLIN_ROWS, _products("partials")), "w4a16_product": (_MARLIN_ROWS, _products("product")),
+    "attention": (_TREE_ROWS, _attention), "norm": (_TREE_ROWS, _norm), "rope": (_TREE_ROWS, _rope),
+    "silu_mul": (_TREE_ROWS, _silu_mul), "top_k": ((1, 10), _top_k)}
+"""Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in
+a model; w4a16_product adds them up."""
+
+
+def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: pathlib.Path | None = None,
+        console: Console | None = None) -> list[Line]:
+    """Measures and prints; the JSON file is written again behind every table, so that a stopped run leaves one."""
+    console = console or stdout()
+    about = {"device": metrics.device_name(), "device_bandwidth": metrics.device_bandwidth(), "jax": jax.__version__,
+             "runs": bench.runs}
+    console.print(f"{about['device']}, copies {about['device_bandwidth'] / 1e9:.0f} GB/s | jax {about['jax']} | medians of "
+                  f"{bench.runs} runs\nXLA: the dense f16 product for w4a16, plain jnp for other ops; \"of\" is our time over "
+                  "theirs", highlight=False, markup=False, soft_wrap=True)
+    lines: list[Line] = []
+    for model in models:
+        compared: dict[tuple, Timing] = {}
+        for op in ops:
+            measured = bench.measure(op, model, compared)
+            lines += measured
+            console.print(table(f"{op}, {model}", measured))
+            for line in measured:
+                if line.error:
+                    console.print(f"{line.shape}, {line.rows} rows: {line.error}", highlight=False, markup=False)
+            if json_file:
+                text = json.dumps(about | {"lines": [dataclasses.asdict(line) for line in lines]}, indent=1)
+                json_file.write_text(text + "\n", encoding="utf-8")
+    return lines
+
+
+def table(title: str, lines: Sequence[Line]) -> Table:
+    """A row a line; columns that have no value in any line are left out."""
+    columns: dict[str, Callable[[Line], Any]] = {
+        "shape": lambda line: line.shape, "rows": lambda line: str(line.rows),
+        "us": lambda line: line.seconds and f"{1e6 * line.seconds:.2f}",
+        "spread": lambda line: line.spread is not None and f"{1e6 * line.spread:.2f}",
+        "MB": lambda line: f"{line.traffic / 1e6:.3g}",
+        "GB/s": lambda line: line.bandwidth and f"{line.bandwidth / 1e9:.3g}",
+        "XLA us": lambda line: line.xla_seconds and f"{1e6 * line.xla_seconds:.2f}",
+        "of XLA": lambda line: line.seconds and line.xla_seconds and f"{line.seconds / line.xla_seconds:.2f}x",
+        "Marlin us": lambda line: line.marlin_seconds and f"{1e6 * line.marlin_seconds:.1f}",
+        "of Marlin": lambda line: line.seconds and line.marlin_seconds and f"{line.seconds / line.marlin_seconds:.2f}x"}
+    cells = {name: [show(line) or NO_VALUE for line in lines] for name, show in columns.items()}
+    shown = {name: values for name, values in cells.items() if any(value != NO_VALUE for value in values)}
+    result = Table(title=title, title_justify="left")
+    for name in shown:
+        result.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
+    for row in zip(*shown.values(), strict=True):
+        result.add_row(*row)
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags and measures."""
+    flags.no_arguments(argv)
+    given = absl_flags.FLAGS
+    ops, models = tune.names("ops", given.ops, OPS), tune.names("shapes", given.shapes, cases.MODELS)
+    rows = tuple(tune.counts("rows", given.rows or ()))
+    json_file = pathlib.Path(given.json) if given.json else None
+    if json_file and not os.access(json_file.parent, os.W_OK):
+        raise UserError(f"{json_file.parent} can't be written to; name another file with --json=FILE")
+    run(Bench(rows=rows or None, group_size=int(given.group_size), runs=given.runs), ops, models, json_file)
+
+
+def declare_flags() -> None:
+    """Declares the command's flags; not at import, where they would clash with those of other commands."""
+    models = ["demo"] if jax.default_backend() == "cpu" else ["llama3-8b", "llama3-70b"]
+    absl_flags.DEFINE_list("ops", list(OPS), "Ops to time.")
+    absl_flags.DEFINE_list("shapes", models, f"Models whose sizes to time at, of {', '.join(cases.MODELS)}. Default: demo on a "
+                           "CPU, llama3-8b,llama3-70b on a GPU.")
+    absl_flags.DEFINE_list("rows", None, "Tokens of a step. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 for top_k, 1,10,30,60 "
+                           "for others.")
+    absl_flags.DEFINE_enum("group_size", "128", [str(size) for size in GROUP_SIZES],
+                           "Rows of a 4-bit weight that share a scale; -1 is all.")
+    absl_flags.DEFINE_integer("runs", 30, "Runs of a loop of about 20 ms, of which the median counts.", lower_bound=1)
+    absl_flags.DEFINE_string("json", None, "Also write the figures into this file: times in seconds, traffic in bytes.")
+
+
+if __name__ == "__main__":
+    declare_flags()
+    errors.run(main)

@@ -1,0 +1,214 @@
+"""Single calls of the ops at a model's sizes, to be timed or compared: what goes in, what comes out, how many bytes move.
+
+Activations are f16, and what an op reads of them lies in the L2 cache, where the op before has just left it. Weights and
+the key-value cache are read cold.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import attention, mlp, norm, rope, top_k, w4a16
+from pallas_kernels.partials import add_up
+
+_CACHE_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a Llama-family model, in elements."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """K and N of a layer's products, fused as the model fuses them."""
+        mixed = self.heads * self.head_dim
+        return {"qkv": (self.hidden, mixed + 2 * self.kv_heads * self.head_dim), "o": (mixed, self.hidden),
+                "gate_up": (self.hidden, 2 * self.intermediate), "down": (self.intermediate, self.hidden)}
+
+
+MODELS = {
+    "llama3-8b": ModelShape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256),
+    "llama3-70b": ModelShape(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256),
+    "llama3-1b": ModelShape(hidden=2048, intermediate=8192, heads=32, kv_heads=8, head_dim=64, vocab=128256),
+    "demo": ModelShape(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152),
+    "tiny": ModelShape(hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocab=512),  # for tests
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+      label: the sizes in words, without the rows.
+      rows: tokens that the call processes.
+      traffic: bytes that it moves at least, each read or written once.
+      make: from a random key to the operands.
+      run: from a config (None is the op's own choice), an implementation and the operands to the results.
+      cold: operands that come from memory.
+      cold_bytes: of `traffic`, those of the cold operands.
+      carried: operand i, updated in place, comes out as result carried[i].
+    """
+
+    label: str
+    rows: int
+    traffic: int
+    make: Callable[[Array], tuple[Array, ...]]
+    run: Callable[..., Sequence[Array]]
+    cold: tuple[int, ...] = ()
+    cold_bytes: int = 0
+    carried: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    def step(self, config: Any, implementation: str | None) -> Callable[..., Sequence[Array]]:
+        """The call, from operands to results."""
+        return functools.partial(self.run, config, implementation)
+
+    def operands(self, copies: int) -> list[tuple[Array, ...]]:
+        """Sets of random operands, which share what is not cold."""
+        return self._sets(copies, lambda seed: self.make(jax.random.key(seed)))
+
+    def abstract_operands(self, copies: int) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
+        """`operands` without their values, which suffices to compile."""
+        shapes = jax.eval_shape(self.make, jax.random.key(0))
+        return self._sets(copies, lambda seed: tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in shapes))
+
+    def _sets(self, copies: int, make: Callable[[int], tuple]) -> list[tuple]:
+        sets = [make(seed) for seed in range(copies if self.cold else 1)]
+        shared = {index: operand for index, operand in enumerate(sets[0]) if index not in self.cold}
+        sets = [tuple(shared.get(index, operand) for index, operand in enumerate(operands)) for operands in sets]
+        return sets if self.cold else sets * copies
+
+
+def product(rows: int, inner: int, columns: int, group_size: int, *, result: str) -> Case:
+    """A W4A16 product of f16 rows.
+
+    `result` says what is made of it: "partials", as a model takes them; "product", f16 [M, N]; "consumed", f16 [M, N]
+    behind one elementwise launch that adds the partial sums up; or "normed", behind the residual addition before a
+    norm. The last two make more sums cost what they cost a model.
+    """
+    groups = 1 if group_size == -1 else -(-inner // group_size)
+    words = -(-inner // 128) * 16
+
+    def make(key: Array):
+        of_x, of_packed, of_scales = jax.random.split(key, 3)
+        packed = jax.random.bits(of_packed, (words, columns), jnp.uint32).view(jnp.int32)
+        scales = jax.random.normal(of_scales, (groups, columns), jnp.float16) * 0.02
+        return jax.random.normal(of_x, (rows, inner), jnp.float16), packed, scales
+
+    def run(config, implementation, x, packed, scales):
+        options = {"group_size": group_size, "config": config, "implementation": implementation}
+        if result == "product":
+            return (w4a16.matmul(x, packed, scales, **options),)
+        partials = w4a16.matmul_partials(x, packed, scales, **options)
+        if result == "normed":
+            total, scaled, _ = norm.add_rms_norm_deferred(
+                jnp.zeros(partials.shape[1:], jnp.float32), partials, jnp.ones(columns, jnp.float32), eps=1e-5,
+                out_dtype=x.dtype, implementation=implementation)
+            return total, scaled
+        # the factor keeps the launch where there is nothing to add
+        return (partials if result == "partials" else (add_up(partials) * 0.5).astype(x.dtype),)
+
+    cold_bytes = 4 * words * columns + 2 * groups * columns
+    return Case(label=f"{inner} -> {columns}" + (f" g{group_size}" if group_size != -1 else ""), rows=rows, make=make,
+                run=run, traffic=cold_bytes + 2 * rows * (inner + columns), cold=(1, 2), cold_bytes=cold_bytes)
+
+
+def dense_product(rows: int, inner: int, columns: int) -> Case:
+    """XLA's own product of f16 rows and f16 weights."""
+
+    def make(key: Array):
+        of_x, of_weights = jax.random.split(key)
+        weights = jax.random.normal(of_weights, (inner, columns), jnp.float16)
+        return jax.random.normal(of_x, (rows, inner), jnp.float16), weights
+
+    return Case(label=f"{inner} -> {columns}", rows=rows, make=make, run=lambda config, implementation, x, w: (x @ w,),
+                traffic=2 * (inner * columns + rows * (inner + columns)), cold=(1,), cold_bytes=2 * inner * columns)
+
+
+def tree_attention(rows: int, model: ModelShape, context: int, *, max_length: int | None = None) -> Case:
+    """Attention of a chain of `rows` behind `context` keys, in a cache of `max_length` rows (default: just enough)."""
+    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
+    cache_rows = -(-((max_length or context) + rows) // _CACHE_BLOCK) * _CACHE_BLOCK
+
+    def make(key: Array):
+        keys = jax.random.split(key, 3)
+        q = jax.random.normal(keys[0], (rows, heads, head_dim), jnp.float16)
+        k_cache, v_cache = (jax.random.normal(key, (cache_rows, kv_heads, head_dim), jnp.float16) for key in keys[1:])
+        return q, k_cache, v_cache, jnp.int32(context), attention.pack_mask(jnp.tri(rows, dtype=bool))
+
+    def run(config, implementation, *operands):
+        return (attention.tree_attention(*operands, config=config, implementation=implementation),)
+
+    cold_bytes = 4 * (context + rows) * kv_heads * head_dim
+    return Case(label=f"{heads}/{kv_heads}x{head_dim} context {context}", rows=rows, make=make, run=run, cold=(1, 2),
+                traffic=cold_bytes + 4 * rows * heads * head_dim, cold_bytes=cold_bytes)
+
+
+def add_norm(rows: int, columns: int, splits: int) -> Case:
+    """The residual addition of `splits` partial sums, with RMSNorm."""
+
+    def make(key: Array):
+        keys = jax.random.split(key, 3)
+        return (jax.random.normal(keys[0], (rows, columns)), jax.random.normal(keys[1], (splits, rows, columns)),
+                jax.random.normal(keys[2], (columns,)))
+
+    def run(config, implementation, *operands):
+        return norm.add_rms_norm(*operands, eps=1e-5, out_dtype=jnp.float16, config=config, implementation=implementation)
+
+    return Case(label=f"{columns} of {splits} sums", rows=rows, make=make, run=run,
+                traffic=rows * columns * (4 + 4 * splits + 4 + 2) + 4 * columns)
+
+
+def rope_append(rows: int, model: ModelShape, splits: int) -> Case:
+    """The rotary embedding of `splits` partial sums of q|k|v, and the append to a cache of 4096 rows."""
+    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
+    features = (heads + 2 * kv_heads) * head_dim
+
+    def make(key: Array):
+        of_qkv, of_angles = jax.random.split(key)
+        angles = jax.random.uniform(of_angles, (rows, head_dim // 2))
+        cache = jnp.zeros((4096, kv_heads, head_dim), jnp.float16)
+        return (jax.random.normal(of_qkv, (splits, rows, features)), jnp.cos(angles), jnp.sin(angles), cache, cache + 0,
+                jnp.int32(512))
+
+    def run(config, implementation, *operands):
+        return rope.rope_append(*operands, heads=heads, kv_heads=kv_heads, head_dim=head_dim, config=config,
+                                implementation=implementation)
+
+    return Case(label=f"{heads}/{kv_heads}x{head_dim} of {splits} sums", rows=rows, make=make, run=run,
+                traffic=rows * features * (4 * splits + 2) + 4 * rows * head_dim, carried={3: 1, 4: 2})
+
+
+def silu_mul(rows: int, intermediate: int, splits: int) -> Case:
+    """The gated activation of `splits` partial sums."""
+
+    def make(key: Array):
+        return (jax.random.normal(key, (splits, rows, 2 * intermediate)),)
+
+    return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make,
+                run=lambda config, implementation, gate_up: (mlp.silu_mul(gate_up, out_dtype=jnp.float16),),
+                traffic=rows * intermediate * (8 * splits + 2))
+
+
+def best_of_vocabulary(rows: int, vocab: int, k: int) -> Case:
+    """The k likeliest tokens of f32 logits."""
+
+    def make(key: Array):
+        return (jax.random.normal(key, (rows, vocab)),)
+
+    def run(config, implementation, logits):
+        return top_k.log_softmax_top_k(logits, k, config=config, implementation=implementation)
+
+    return Case(label=f"{k} of {vocab}", rows=rows, make=make, run=run, traffic=4 * rows * vocab + 8 * rows * k)
