@@ -1,4 +1,4 @@
-"""What a weight format is, and the logical weights that readers hand to it."""
+"""What a weight format is."""
 
 import abc
 import dataclasses
@@ -6,46 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
+
+from specmq_jax.formats.logical import Logical
+
+MOST_REPRODUCIBLE_ROWS = 64
+"""More rows are a prompt, which every format may multiply in another way."""
 
 Weight = Any
 """A registered frozen dataclass of arrays, made by a `WeightFormat`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedInt4:
-    """A 4-bit weight as a toolkit stored it: w[k, n] = (q[k, n] - 8) * scales[k // group_size, n].
-
-    Attributes:
-      q: uint8[K, N], 0..15.
-      scales: f16 or f32 [ceil(K / group_size), N]; [1, N] when group_size is -1. May be negative.
-      group_size: rows of K that share a scale, -1 for all.
-    """
-
-    q: UInt8[np.ndarray, "K N"]
-    scales: Float[np.ndarray, "G N"]
-    group_size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.q.shape
-
-    def dense(self) -> Float[Array, "K N"]:
-        """The weight's values, f32[K, N]."""
-        rows = self.q.shape[0]
-        group = rows if self.group_size == -1 else self.group_size
-        scales = jnp.repeat(jnp.asarray(self.scales, jnp.float32), group, axis=0)[:rows]
-        return (jnp.asarray(self.q, jnp.float32) - 8) * scales
-
-
-Logical = Float[np.ndarray, "K N"] | Float[Array, "K N"] | GroupedInt4
-"""A weight before packing, [in, out]: plain values or a toolkit's integers with their scales."""
-
-
-def dense_values(logical: Logical) -> Float[Array, "K N"]:
-    """The values of a logical weight, in the dtype they were stored in (f32 for integers)."""
-    return logical.dense() if isinstance(logical, GroupedInt4) else jnp.asarray(logical)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +44,12 @@ class WeightFormat(abc.ABC):
         """The values f32[K, N] that `matmul` multiplies by."""
 
     @abc.abstractmethod
-    def matmul(self, x: Float[Array, "M K"], weight: Weight) -> Float[Array, "S M N"]:
-        """x @ w in f32 as S partial sums, which the reader adds up (S = 1 where the product is whole)."""
+    def matmul(self, x: Float[Array, "M K"], weight: Weight, *, reproducible: bool = False) -> Float[Array, "S M N"]:
+        """x @ w in f32 as S partial sums, which the reader adds up (S = 1 where the product is whole).
+
+        With `reproducible`, a row's bits on a GPU are the same whatever other rows there are, for up to
+        `MOST_REPRODUCIBLE_ROWS` of them.
+        """
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Weight:
         """A random weight of the format for a [K, N] layer, normal with variance 1 / K."""

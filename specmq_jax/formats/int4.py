@@ -7,27 +7,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.w4a16 import api as w4a16
-from specmq_jax.formats.base import GroupedInt4, Logical, WeightFormat, dense_values
+from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.logical import GroupedInt4, Logical, dense_values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4Group:
-    """packed: i32[ceil128(K) / 8, N] in `pallas_kernels.w4a16`'s layout; scales: f16[groups, N]."""
+    """packed: i32[ceil128(K) / 8, N] in `pallas_kernels.w4a16`'s layout; scales: f16[groups, N].
+
+    order: i32[K], the input that each row multiplies; None where row k multiplies input k.
+    """
 
     packed: Int32[Array, "K8 N"]
     scales: Float[Array, "G N"]
+    order: Int32[Array, "K"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int4GroupFormat(WeightFormat):
-    """w[k, n] = (q[k, n] - 8) * scales[k // group_size, n]; group_size -1 gives each column one scale."""
+    """w[k, n] = (q[k, n] - 8) * scales[k // group_size, n]; group_size -1 gives each column one scale.
+
+    With `act_order` k counts the inputs in an order that the weight carries (GPTQ's desc_act).
+    """
 
     group_size: int = 128
+    act_order: bool = False
 
     @property
     def name(self) -> str:
-        return {128: "w4a16", -1: "w4a16-channel"}.get(self.group_size, f"w4a16-g{self.group_size}")
+        size = {128: "w4a16", -1: "w4a16-channel"}.get(self.group_size, f"w4a16-g{self.group_size}")
+        return f"{size}-act-order" if self.act_order else size
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -40,16 +50,21 @@ class Int4GroupFormat(WeightFormat):
         rows, columns = shape
         packed_rows = -(-rows // 128) * 16
         return Int4Group(jax.ShapeDtypeStruct((packed_rows, columns), jnp.int32),
-                         jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float16))
+                         jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float16),
+                         jax.ShapeDtypeStruct((rows,), jnp.int32) if self.act_order else None)
 
     def pack(self, logical: Logical) -> Int4Group:
         if isinstance(logical, GroupedInt4) and self._same_groups(logical):
-            q, scales = jnp.asarray(logical.q), jnp.asarray(logical.scales, jnp.float16)
+            q, scales, order = jnp.asarray(logical.q), jnp.asarray(logical.scales, jnp.float16), logical.order
         else:
-            q, scales = self.round_to_nearest(dense_values(logical).astype(jnp.float32))
-        return Int4Group(w4a16.pack(q), scales)
+            (q, scales), order = self.round_to_nearest(dense_values(logical).astype(jnp.float32)), None
+        if self.act_order:
+            order = jnp.arange(len(q), dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
+        return Int4Group(w4a16.pack(q), scales, order)
 
     def _same_groups(self, logical: GroupedInt4) -> bool:
+        if logical.order is not None and not self.act_order:
+            return False
         rows = logical.shape[0]
         return self._groups(rows) == 1 == logical.scales.shape[0] or logical.group_size == self.group_size
 
@@ -70,7 +85,9 @@ class Int4GroupFormat(WeightFormat):
         return q.reshape(groups * size, columns)[:rows], scales[:, 0]
 
     def unpack(self, weight: Int4Group, shape: tuple[int, int]) -> Float[Array, "K N"]:
-        return GroupedInt4(w4a16.unpack(weight.packed, shape[0]), weight.scales, self.group_size).dense()
+        return GroupedInt4(w4a16.unpack(weight.packed, shape[0]), weight.scales, self.group_size, weight.order).dense()
 
-    def matmul(self, x: Float[Array, "M K"], weight: Int4Group) -> Float[Array, "S M N"]:
-        return w4a16.matmul_partials(x.astype(self.dtype), weight.packed, weight.scales, group_size=self.group_size)
+    def matmul(self, x: Float[Array, "M K"], weight: Int4Group, *, reproducible: bool = False) -> Float[Array, "S M N"]:
+        x = x if weight.order is None else x[:, weight.order]
+        return w4a16.matmul_partials(x.astype(self.dtype), weight.packed, weight.scales, group_size=self.group_size,
+                                     reproducible=reproducible)

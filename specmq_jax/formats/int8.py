@@ -1,0 +1,59 @@
+"""W8A8 and W8A16: symmetric 8-bit weights with a scale for each output, and 8-bit or half-precision activations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels.dense import api as dense
+from pallas_kernels.w8a8 import api as w8a8
+from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.logical import ChannelInt8, Logical, dense_values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Channel:
+    """values: int8[N, K]; scales: f32[N]."""
+
+    values: Int8[Array, "N K"]
+    scales: Float[Array, "N"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8ChannelFormat(WeightFormat):
+    """w[k, n] = values[n, k] * scales[n]; 8-bit activations have a scale for each token (arXiv:2211.10438)."""
+
+    activation_bits: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"w8a{self.activation_bits}"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float16)
+
+    def abstract(self, shape: tuple[int, int]) -> Int8Channel:
+        rows, columns = shape
+        return Int8Channel(jax.ShapeDtypeStruct((columns, rows), jnp.int8), jax.ShapeDtypeStruct((columns,), jnp.float32))
+
+    def pack(self, logical: Logical) -> Int8Channel:
+        if isinstance(logical, ChannelInt8):
+            return Int8Channel(jnp.asarray(logical.q).T, jnp.asarray(logical.scales, jnp.float32))
+        # a row of the transposed weight is an output's, as a token's row is of the activations
+        return Int8Channel(*w8a8.quantise_rows(dense_values(logical).astype(jnp.float32).T))
+
+    def unpack(self, weight: Int8Channel, shape: tuple[int, int]) -> Float[Array, "K N"]:
+        return ChannelInt8(weight.values.T, weight.scales).dense()
+
+    def matmul(self, x: Float[Array, "M K"], weight: Int8Channel, *, reproducible: bool = False) -> Float[Array, "S M N"]:
+        if self.activation_bits == 8:  # integers add up exactly, and a row's scale is its own
+            return w8a8.matmul(*w8a8.quantise_rows(x), weight.values, weight.scales)[None]
+        if reproducible:
+            partials = dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), transposed=True)
+            return partials * weight.scales
+        product = jax.lax.dot_general(x.astype(self.dtype), weight.values.astype(self.dtype), (((1,), (1,)), ((), ())),
+                                      preferred_element_type=jnp.float32)
+        return (product * weight.scales)[None]
