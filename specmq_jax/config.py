@@ -193,6 +193,10 @@ class DecodeConfig:
       stop_tokens: ids that end the output; the one that came stays in it.
       seed: of the sampling noise.
       prefill_chunks: the chunk lengths a prompt is taken in by; each is compiled once. None suits the device.
+      reproducible: the target sums up in one order for any number of rows, so that on a GPU speculative output equals
+        plain output bit for bit, for trees of at most 64 nodes and at the cost of some speed. Without it a near tie of
+        two tokens may fall the other way. On a CPU it promises no bits, and nowhere for a nucleus (top_p below 1), whose
+        probabilities XLA adds up.
     """
 
     max_len: int = 2048
@@ -200,6 +204,7 @@ class DecodeConfig:
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
     prefill_chunks: tuple[int, ...] | None = None
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         if self.max_len < 2:

@@ -6,6 +6,7 @@ function of the past and the committed tokens are exactly those that plain decod
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.cache import KVCache
-from specmq_jax.compilation import enable_persistent_cache
+from specmq_jax.compilation import compiler_options, enable_persistent_cache
 from specmq_jax.config import DecodeConfig
 from specmq_jax.drafters import Drafter, NoDrafter
 from specmq_jax.errors import UserError
-from specmq_jax.memory import check_room
+from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
+from specmq_jax.memory import check_room, tree_bytes
 from specmq_jax.model import Model, check_tokens
 from specmq_jax.tree import Accepted, DraftTree
 from specmq_jax.verification import verify
@@ -110,18 +112,19 @@ class Decoder:
           config: lengths, sampling, stop tokens.
 
         Raises:
-          UserError: the drafter can't draft for this target.
+          UserError: the drafter can't draft for this target, or drafts too much to be reproducible.
         """
         enable_persistent_cache()
         self.target = target
         self.drafter = drafter if drafter is not None else NoDrafter()
         self.config = config if config is not None else DecodeConfig()
         self.drafter.check(target.config)
-        self._module = target.module.clone(capture=self.drafter.capture)
-        self.prefill_chunks = tuple(sorted(self.config.prefill_chunks or (
-            (64, 256) if jax.default_backend() == "cpu" else (128, 512, 2048))))
-        slack = max(self.drafter.tree_size, self.drafter.scratch_rows, *self.prefill_chunks)
-        self._capacity = -(-(self.config.max_len + slack) // 128) * 128
+        if self.config.reproducible and self.drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
+            raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
+                            f"drafter's trees have {self.drafter.tree_size}; choose a smaller tree or a shorter draft")
+        self._module = target.module.clone(capture=self.drafter.capture, reproducible=self.config.reproducible)
+        self.prefill_chunks = prefill_chunks(self.config)
+        self._capacity = cache_rows(self.config, self.drafter)
         check_room(self.state_bytes, f"decoding state for {self.config.max_len} tokens")
         (self._device,) = jax.tree.leaves(target.params)[0].devices()
         # counts of rounds that lie on the device, so that starting some moves nothing there
@@ -130,9 +133,10 @@ class Decoder:
         self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
         self._score = jax.jit(self._logits_of)
         self._draw = jax.jit(self._draw_after)
-        self._run = jax.jit(self._run_rounds, donate_argnums=1)
-        self._time_draft = jax.jit(self._repeat_draft, donate_argnums=1)
-        self._time_verify = jax.jit(self._repeat_verify, donate_argnums=1)
+        loop = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options())
+        self._run = loop(self._run_rounds)
+        self._time_draft = loop(self._repeat_draft)
+        self._time_verify = loop(self._repeat_verify)
 
     @property
     def params(self) -> Params:
@@ -141,8 +145,7 @@ class Decoder:
     @property
     def state_bytes(self) -> int:
         """Bytes of device memory that the caches of one sequence take, the drafter's included."""
-        state = jax.eval_shape(lambda: (self.target.new_cache(self._capacity), self.drafter.init(self._capacity)))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return cache_bytes(self.target, self.drafter, self._capacity)
 
     def prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
                 ) -> DecodeState:
@@ -335,6 +338,23 @@ class Decoder:
             return state.replace(cache=cache.rewind(state.cache.length), tokens=state.tokens.at[0].set(accepted.tokens[0]))
 
         return jax.lax.fori_loop(0, times, body, state)
+
+
+def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:
+    """The chunk lengths that a prompt is taken in by on this device, ascending."""
+    return tuple(sorted(config.prefill_chunks or (
+        (64, 256) if jax.default_backend() == "cpu" else (128, 512, 2048))))
+
+
+def cache_rows(config: DecodeConfig, drafter: Drafter) -> int:
+    """Rows of each cache: the tokens it is meant for, and room for a draft or a padded chunk behind them."""
+    slack = max(drafter.tree_size, drafter.scratch_rows, *prefill_chunks(config))
+    return -(-(config.max_len + slack) // 128) * 128
+
+
+def cache_bytes(target: Model, drafter: Drafter, rows: int) -> int:
+    """Bytes of the caches of one sequence, the drafter's state included, with that many rows."""
+    return tree_bytes(jax.eval_shape(lambda: (target.new_cache(rows), drafter.init(rows))))
 
 
 def _commit(state: DecodeState, accepted: Accepted) -> DecodeState:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig
 from specmq_jax.formats import DenseFormat, WeightFormat
-from specmq_jax.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Rows
+from specmq_jax.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class EagleHead(nn.Module):
         residual, x = self._joined(self.embed(tokens), states, own)
         keys, values = list(cache.keys), list(cache.values)
         update, keys[0], values[0] = self.attention(x, rows, keys[0], values[0])
-        residual, x = self.mlp_norm(residual, update)
+        residual, x = self.mlp_norm(residual, update, deferred=True)
         update = self.mlp(x)
         for i, layer in enumerate(self.layers, start=1):
             _, residual, update, keys[i], values[i] = layer(residual, update, rows, keys[i], values[i])
@@ -103,7 +103,7 @@ class EagleHead(nn.Module):
     def logits(self, features: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """f32 scores over the head's vocabulary."""
         if self.config.version == 3:
-            _, features = self.norm(features, None)
+            features = self.norm(features, None)[1].values
         return self.output_table.attend(features) if self.config.tied_head else self.lm_head(features).sum(0)
 
     def everything(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: KVCache) -> Float[Array, "M V"]:
@@ -112,19 +112,19 @@ class EagleHead(nn.Module):
         return self.logits(self(tokens, states, cache, offsets, None, own=False)[0])
 
     def _joined(self, embedded: Float[Array, "M E"], states: Float[Array, "M F"], own: bool
-                ) -> tuple[Float[Array, "M D"], Float[Array, "M X"]]:
+                ) -> tuple[Float[Array, "M D"], Normed]:
         """The residual stream and the attention's input."""
         dtype = self.format.dtype
         if self.config.rotated and not own:
             states = self.rotation(states.astype(dtype)).sum(0)
         if self.config.version == 3:
             residual = states.astype(jnp.float32) if own else self.fc(states.astype(dtype)).sum(0)
-            parts = self.embed_norm(embedded, None)[1], self.state_norm(residual, None)[1]
-            return residual, jnp.concatenate(parts, axis=-1)
+            parts = self.embed_norm(embedded, None)[1].values, self.state_norm(residual, None)[1].values
+            return residual, Normed(jnp.concatenate(parts, axis=-1))
         residual = self.fc(jnp.concatenate([embedded.astype(dtype), states.astype(dtype)], axis=-1)).sum(0)
         if self.config.bias:
             residual = residual + self.fc_bias
-        return residual, residual.astype(dtype)
+        return residual, Normed(residual.astype(dtype))
 
 
 def eagle_version(names: Container[str]) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.attention import api as attention_kernels
 from pallas_kernels.mlp import api as mlp_kernels
+from pallas_kernels.norm import RowScale
 from pallas_kernels.norm import api as norm_kernels
 from pallas_kernels.rope import api as rope_kernels
 from specmq_jax.cache import KVCache
@@ -33,6 +34,7 @@ class Rows:
       committed: i32 scalar, cache rows that every row sees.
       mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
       tail: static, how many rows behind the committed ones the mask speaks of.
+      depth, paths: i32[M] and i32[M, M], what `ordered_attention` reads instead of the mask; None for other rows.
     """
 
     cos: Float[Array, "M D2"]
@@ -41,10 +43,12 @@ class Rows:
     committed: Int32[Array, ""]
     mask_words: Int32[Array, "M W"] | None = None
     tail: int = flax.struct.field(pytree_node=False, default=0)
+    depth: Int32[Array, "M"] | None = None
+    paths: Int32[Array, "M M"] | None = None
 
     @classmethod
     def behind(cls, config: LlamaConfig, cache: KVCache, offsets: Int32[Array, "M"], mask: Bool[Array, "M C"] | None,
-               *, skip: int = 0) -> Self:
+               *, skip: int = 0, reproducible: bool = False) -> Self:
         """Rows that stand behind the cache's committed ones.
 
         Args:
@@ -53,21 +57,27 @@ class Rows:
           offsets: of each row's position from that length.
           mask: which of the rows behind the committed ones each row sees; None for causal rows.
           skip: rows behind the committed ones that hold earlier levels of a tree and stay.
+          reproducible: the rows are a whole tree, to be attended to in bits that each row's own path alone decides.
         """
         frequencies, scale = config.rope.frequencies(config.head_dim, cache.limit)
         angles = (cache.length + offsets).astype(jnp.float32)[:, None] * frequencies
         if mask is None and len(offsets) <= MOST_DECODE_ROWS:
             mask = jnp.tri(len(offsets), dtype=bool)
-        words, tail = (None, 0) if mask is None else (attention_kernels.pack_mask(mask), mask.shape[1])
-        return cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=cache.length + skip,
-                   committed=cache.length, mask_words=words, tail=tail)
+        rows = cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=cache.length + skip,
+                   committed=cache.length)
+        if mask is None:
+            return rows
+        if reproducible:
+            return rows.replace(depth=offsets, paths=attention_kernels.tree_paths(mask, offsets))
+        return rows.replace(mask_words=attention_kernels.pack_mask(mask), tail=mask.shape[1])
 
 
 class Linear(nn.Module):
-    """x @ w, without bias."""
+    """x @ w, without bias; `reproducible` as in `WeightFormat.matmul`."""
 
     features: int
     format: WeightFormat
+    reproducible: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "M K"]) -> Float[Array, "S M N"]:
@@ -75,7 +85,20 @@ class Linear(nn.Module):
         present = self.has_variable("params", "w")
         weight = (self.get_variable("params", "w") if present else
                   self.param("w", self.format.init, (x.shape[-1], self.features)))
-        return self.format.matmul(x, weight)
+        return self.format.matmul(x, weight, reproducible=self.reproducible)
+
+
+@flax.struct.dataclass
+class Normed:
+    """Normalised rows, or rows that are still owed a factor each, which the readers of a product with them apply.
+
+    Attributes:
+      values: float[M, D].
+      row_scale: the factor, None where it is applied.
+    """
+
+    values: Float[Array, "M D"]
+    row_scale: RowScale | None = None
 
 
 class AddNorm(nn.Module):
@@ -85,10 +108,16 @@ class AddNorm(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None
-                 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, *, deferred: bool = False
+                 ) -> tuple[Float[Array, "M D"], Normed]:
+        """The sum and its normalised form, whose factor is left to the reader where `deferred` allows it."""
         scale = self.param("scale", nn.initializers.ones_init(), residual.shape[-1:], jnp.float32)
-        return norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps, out_dtype=self.dtype)
+        if not deferred:
+            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps, out_dtype=self.dtype)
+            return residual, Normed(values)
+        residual, values, row_scale = norm_kernels.add_rms_norm_deferred(
+            residual, update, scale, eps=self.eps, out_dtype=self.dtype)
+        return residual, Normed(values, row_scale)
 
 
 class Attention(nn.Module):
@@ -96,21 +125,24 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     format: WeightFormat
+    reproducible: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M D"], rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]
-                 ) -> tuple[Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
+    def __call__(self, x: Normed, rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]) -> tuple[
+            Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
         config = self.config
-        qkv = Linear(config.qkv_features, self.format, name="qkv")(x)
+        qkv = Linear(config.qkv_features, self.format, self.reproducible, name="qkv")(x.values)
         query, keys, values = rope_kernels.rope_append(
             qkv, rows.cos, rows.sin, keys, values, rows.start, heads=config.num_heads, kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim)
-        if rows.mask_words is None:
+            head_dim=config.head_dim, row_scale=x.row_scale)
+        if rows.paths is not None:
+            mixed = attention_kernels.ordered_attention(query, keys, values, rows.committed, rows.depth, rows.paths)
+        elif rows.mask_words is None:
             mixed = attention_kernels.causal_attention(query, keys, values, rows.committed)
         else:
             mixed = attention_kernels.tree_attention(query, keys, values, rows.committed, rows.mask_words, tail=rows.tail)
-        mixed = mixed.reshape(x.shape[0], config.num_heads * config.head_dim)
-        return Linear(config.hidden_size, self.format, name="o")(mixed), keys, values
+        mixed = mixed.reshape(len(x.values), config.num_heads * config.head_dim)
+        return Linear(config.hidden_size, self.format, self.reproducible, name="o")(mixed), keys, values
 
 
 class Mlp(nn.Module):
@@ -118,12 +150,13 @@ class Mlp(nn.Module):
 
     intermediate_size: int
     format: WeightFormat
+    reproducible: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "S M D"]:
-        gate_up = Linear(2 * self.intermediate_size, self.format, name="gate_up")(x)
-        hidden = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype)
-        return Linear(x.shape[-1], self.format, name="down")(hidden)
+    def __call__(self, x: Normed) -> Float[Array, "S M D"]:
+        gate_up = Linear(2 * self.intermediate_size, self.format, self.reproducible, name="gate_up")(x.values)
+        hidden = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale)
+        return Linear(x.values.shape[-1], self.format, self.reproducible, name="down")(hidden)
 
 
 class Layer(nn.Module):
@@ -131,16 +164,18 @@ class Layer(nn.Module):
 
     config: LlamaConfig
     format: WeightFormat
+    reproducible: bool = False
 
     @nn.compact
     def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows,
                  keys: Float[Array, "L H d"], values: Float[Array, "L H d"]):
         """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
         eps, dtype = self.config.rms_norm_eps, self.format.dtype
-        entering, x = AddNorm(eps, dtype, name="attention_norm")(residual, update)
-        update, keys, values = Attention(self.config, self.format, name="attention")(x, rows, keys, values)
-        residual, x = AddNorm(eps, dtype, name="mlp_norm")(entering, update)
-        update = Mlp(self.config.intermediate_size, self.format, name="mlp")(x)
+        entering, x = AddNorm(eps, dtype, name="attention_norm")(residual, update, deferred=True)
+        attention = Attention(self.config, self.format, self.reproducible, name="attention")
+        update, keys, values = attention(x, rows, keys, values)
+        residual, x = AddNorm(eps, dtype, name="mlp_norm")(entering, update, deferred=True)
+        update = Mlp(self.config.intermediate_size, self.format, self.reproducible, name="mlp")(x)
         return entering, residual, update, keys, values
 
 
@@ -150,6 +185,7 @@ class Embedding(nn.Module):
     vocab_size: int
     features: int
     format: DenseFormat
+    reproducible: bool = False
 
     def setup(self) -> None:
         self.table = self.param("table", nn.initializers.normal(self.features**-0.5), (self.vocab_size, self.features),
@@ -159,4 +195,4 @@ class Embedding(nn.Module):
         return self.table[tokens].astype(jnp.float32)
 
     def attend(self, x: Float[Array, "M D"]) -> Float[Array, "M V"]:
-        return self.format.transposed_matmul(x, self.table)
+        return self.format.transposed_matmul(x, self.table, reproducible=self.reproducible)
