@@ -86,6 +86,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy 
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many best tokens; 0 is all.", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest best tokens of this joint probability.", 0, 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_REPRODUCIBLE = flags.DEFINE_bool(
+    "reproducible", False, "Sum up in one order for any number of rows, so that on a GPU every method gives the baseline's "
+    "answers to the letter, somewhat slower.")
 _ANSWER_FILE = flags.DEFINE_string(
     "answer_file", None, "Where a single method's answers go. Default: METHOD.jsonl in --output_dir.")
 _OUTPUT_DIR = flags.DEFINE_string(
@@ -103,6 +106,7 @@ class Settings:
     Attributes:
       max_length: before the model's own limit is known.
       sampling: of temperature, top_k and top_p.
+      reproducible: as in `specmq_jax.DecodeConfig`.
       answer_file: None puts each method's answers into `output_dir`.
       models: the target and what drafts for it.
     """
@@ -116,6 +120,7 @@ class Settings:
     max_length: int
     sampling: Greedy | Sampling = Greedy()
     seed: int = 0
+    reproducible: bool = False
     output_dir: pathlib.Path
     answer_file: pathlib.Path | None = None
     resume: bool = True
@@ -152,6 +157,7 @@ def settings(experiment: str) -> Settings:
         question_begin=_QUESTION_BEGIN.value, question_end=_QUESTION_END.value,
         max_new_tokens=_MAX_NEW_TOKENS.value or default.max_new_tokens,
         max_length=_MAX_LENGTH.value or default.max_length, sampling=sampling, seed=_SEED.value,
+        reproducible=_REPRODUCIBLE.value,
         output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
         answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value)
 

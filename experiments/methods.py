@@ -1,6 +1,7 @@
 """The methods that experiments compare, as decoders over one loaded target."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,10 @@ from checkpoints_tools.demo_model import NAME as DEMO_NAME
 from specmq_jax import tokenizer as tokens
 from specmq_jax.drafters.vocabulary import cut_vocabulary, read_ranking
 from specmq_jax.errors import UserError
-from specmq_jax.head import head_version
+from specmq_jax.head import head_version, outline_head
+from specmq_jax.memory import Plan
+from specmq_jax.model import Outline, outline
+from specmq_jax.planning import plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,10 @@ class Models:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Workbench:
-    """A loaded target with its tokenizer: what a runner needs of the models.
+    """A target with its tokenizer: what a runner needs of the models.
 
     Attributes:
-      target: the target.
+      target: loaded, or an outline, of which no decoder but a plan can be made.
       models: where drafters come from.
       tokenizer: the target's.
       config: of every decoder made here.
@@ -113,9 +117,46 @@ class Workbench:
         """Loads what the method drafts with, if anything."""
         return sm.Decoder(self.target, drafter=METHODS[method].drafter(self), config=self.config)
 
+    def plan(self, methods: Sequence[str]) -> Plan:
+        """The device memory that the decoders of these methods take together.
 
-def load(models: Models, *, max_length: int, sampling: sm.Greedy | sm.Sampling, seed: int) -> Workbench:
+        Raises:
+          UserError: what a method drafts with can't be read, or doesn't fit the target.
+        """
+        return plan(self.target, [METHODS[method].drafter(self) for method in methods], self.config)
+
+    @functools.cached_property
+    def small_model(self) -> sm.Model:
+        """What drafts for methods spec and hier, which share it."""
+        if self.models.drafter is None:
+            return self.target.with_precision(self.models.self_draft_precision)
+        draft = (outline if self._is_outline else sm.load)(self.models.drafter, precision=self.models.draft_precision)
+        if tokens.load_tokenizer(draft.directory).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(f"the drafter {self.models.drafter} has another tokenizer than {self.models.target_name}; choose "
+                            "a draft model of the target's family")
+        return draft
+
+    def tree_drafter(self, verifier: sm.Model, method: str) -> sm.EagleDrafter:
+        """An EAGLE drafter for the model that verifies its trees."""
+        models = self.models
+        head = (outline_head if self._is_outline else sm.load_head)(models.head(method), verifier)
+        if models.vocabulary is not None:
+            ranked, size = read_ranking(models.vocabulary)
+            if size != verifier.config.vocab_size:
+                raise UserError(f"{models.vocabulary} ranks {size} tokens, the model has {verifier.config.vocab_size}")
+            head = cut_vocabulary(head, ranked, models.vocabulary_size)
+        return sm.EagleDrafter(head, tree=models.tree)
+
+    @property
+    def _is_outline(self) -> bool:
+        return isinstance(self.target, Outline)
+
+
+def load(models: Models, *, max_length: int, sampling: sm.Greedy | sm.Sampling, seed: int, reproducible: bool,
+         only_outline: bool = False) -> Workbench:
     """Loads the target and its tokenizer; the cache is cut to the model's own limit.
+
+    With `only_outline` no weight is loaded, here or later: the result's use is its plan.
 
     Raises:
       UserError: as `specmq_jax.load`.
@@ -126,10 +167,10 @@ def load(models: Models, *, max_length: int, sampling: sm.Greedy | sm.Sampling, 
         source: str | pathlib.Path = demo_model.prepare()
     else:
         source = models.target
-    target = sm.load(source, precision=models.precision)
+    target = (outline if only_outline else sm.load)(source, precision=models.precision)
     tokenizer = tokens.load_tokenizer(target.directory)
     config = sm.DecodeConfig(max_len=min(max_length, target.config.max_position), sampling=sampling, seed=seed,
-                             stop_tokens=tokens.stop_tokens(tokenizer, target.directory))
+                             stop_tokens=tokens.stop_tokens(tokenizer, target.directory), reproducible=reproducible)
     return Workbench(target=target, models=models, tokenizer=tokenizer, config=config)
 
 
@@ -138,56 +179,34 @@ class Method:
     """How a method drafts.
 
     Attributes:
-      drafter: makes its drafter; None decodes plainly.
+      drafter: makes its drafter.
       settings: the fields of `Models`, beside the target's and the heads, that decide what it does.
       versions: of the EAGLE heads that it can draft with; empty where it needs none.
       small_model: a small model, by default the target's own weights at fewer bits, drafts for the target.
     """
 
-    drafter: Callable[[Workbench], sm.Drafter | None]
+    drafter: Callable[[Workbench], sm.Drafter]
     settings: tuple[str, ...] = ()
     versions: tuple[int, ...] = ()
     small_model: bool = False
 
 
-def _plain(bench: Workbench) -> None:
+def _plain(bench: Workbench) -> sm.NoDrafter:
     del bench
+    return sm.NoDrafter()
 
 
 def _chain(bench: Workbench) -> sm.ChainDrafter:
-    return sm.ChainDrafter(_small_model(bench), length=bench.models.draft_length)
-
-
-def _small_model(bench: Workbench) -> sm.Model:
-    models = bench.models
-    if models.drafter is None:
-        return bench.target.with_precision(models.self_draft_precision)
-    draft = sm.load(models.drafter, precision=models.draft_precision)
-    if tokens.load_tokenizer(draft.directory).get_vocab() != bench.tokenizer.get_vocab():
-        raise UserError(f"the drafter {models.drafter} has another tokenizer than {models.target_name}; choose a draft "
-                        "model of the target's family")
-    return draft
+    return sm.ChainDrafter(bench.small_model, length=bench.models.draft_length)
 
 
 def _eagle(method: str) -> Callable[[Workbench], sm.EagleDrafter]:
-    return lambda bench: _tree(bench.models, bench.target, method)
-
-
-def _tree(models: Models, verifier: sm.Model, method: str) -> sm.EagleDrafter:
-    """An EAGLE drafter for the model that verifies its trees."""
-    head = sm.load_head(models.head(method), verifier)
-    if models.vocabulary is not None:
-        ranked, size = read_ranking(models.vocabulary)
-        if size != verifier.config.vocab_size:
-            raise UserError(f"{models.vocabulary} ranks {size} tokens, the model has {verifier.config.vocab_size}")
-        head = cut_vocabulary(head, ranked, models.vocabulary_size)
-    return sm.EagleDrafter(head, tree=models.tree)
+    return lambda bench: bench.tree_drafter(bench.target, method)
 
 
 def _hierarchical(bench: Workbench) -> sm.HierarchicalDrafter:
-    small = _small_model(bench)
-    return sm.HierarchicalDrafter(small, _tree(bench.models, small, "hier"), bench.models.min_draft_length,
-                                  bench.models.draft_model_start)
+    inner = bench.tree_drafter(bench.small_model, "hier")
+    return sm.HierarchicalDrafter(bench.small_model, inner, bench.models.min_draft_length, bench.models.draft_model_start)
 
 
 _TREE = ("tree", "vocabulary", "vocabulary_size")

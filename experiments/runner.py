@@ -17,6 +17,7 @@ from experiments.progress import progress
 from experiments.questions import Question
 from specmq_jax import metrics
 from specmq_jax.errors import UserError
+from specmq_jax.memory import Plan
 from specmq_jax.sampling import Greedy
 
 Measured = Mapping[str, Any]
@@ -51,13 +52,22 @@ class Result:
     measured: Measured
 
 
-def load(settings: Settings) -> methods.Workbench:
-    """The models that the settings name."""
-    return methods.load(settings.models, max_length=settings.max_length, sampling=settings.sampling, seed=settings.seed)
+def load(settings: Settings, *, only_outline: bool = False) -> methods.Workbench:
+    """The models that the settings name, or their outlines."""
+    return methods.load(settings.models, max_length=settings.max_length, sampling=settings.sampling, seed=settings.seed,
+                        reproducible=settings.reproducible, only_outline=only_outline)
 
 
-def run(settings: Settings, *, load: Callable[[Settings], Bench] = load, console: Console | None = None) -> list[Result]:
+def plan(settings: Settings, needed: Sequence[str]) -> Plan:
+    """The device memory that running the methods `needed` takes, from shapes alone."""
+    return load(settings, only_outline=True).plan(needed)
+
+
+def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
+        plan: Callable[[Settings, Sequence[str]], Plan] = plan, console: Console | None = None) -> list[Result]:
     """Answers every question with every method; each answer is on the disk before the next question begins.
+
+    The device memory that this takes is printed before a model is loaded.
 
     A turn whose dialogue no longer fits into the cache ends its question: the answer keeps the turns before it and says
     so in "cut". Methods that a former run finished are taken from their files; if all are, no model is loaded.
@@ -65,11 +75,12 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load, console
     Args:
       settings: what to run.
       load: loads the target and makes decoders.
+      plan: the device memory that decoders of some methods take.
       console: where progress goes, by default stderr.
 
     Raises:
-      UserError: what is wrong with questions, output directory or answers found there, before a model is loaded; a
-        first turn longer than the cache, before the first question is answered.
+      UserError: what is wrong with questions, output directory or answers found there, or too little device memory,
+        before a model is loaded; a first turn longer than the cache, before the first question is answered.
     """
     console = console or Console(stderr=True)
     asked = questions.load(settings.question_file, settings.question_begin, settings.question_end)
@@ -80,14 +91,16 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load, console
     for method, file in files.items():
         if file.found:
             hint = " (--noresume measures again)" if file.measured else ", going on behind them"
-            console.print(f"{method}: {len(file.found)} of {len(asked)} answers found in {file.path}{hint}",
-                          highlight=False, markup=False, soft_wrap=True)
+            _say(console, f"{method}: {len(file.found)} of {len(asked)} answers found in {file.path}{hint}")
     if not all(file.measured for file in files.values()) or _differing(settings, files):
+        needed = [method for method, file in files.items() if not file.measured] or ["baseline"]
+        memory = plan(settings, needed)
+        _say(console, memory.describe())
+        memory.check()
         bandwidth = metrics.device_bandwidth()
         bench = load(settings)
         _check_first_turns(asked, bench)
         # every drafter is loaded, and may turn out not to fit, before the first question
-        needed = [method for method, file in files.items() if not file.measured] or ["baseline"]
         decoders = {method: bench.decoder(method) for method in needed}
         for method, decoder in decoders.items():
             if not files[method].measured:
@@ -96,6 +109,10 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load, console
                 found = comparison.measure(file.found, files["baseline"].found, asked, bench.encode, decoder.next_logits)
                 file.finish({**file.measured, "differences": found})
     return [Result(method=method, answers=tuple(file.found), measured=file.measured) for method, file in files.items()]
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _differing(settings: Settings, files: Mapping[str, AnswerFile]) -> list[AnswerFile]:
@@ -189,7 +206,7 @@ def _identity(settings: Settings, method: str, asked: Sequence[Question]) -> dic
                      f"{settings.question_begin + len(asked)} {questions.digest(asked)}",
         "max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length,
         "sampling": repr(settings.sampling), "seed": settings.seed, "device": metrics.device_name(),
-        "jax": jax.__version__,
+        "jax": jax.__version__, **({"reproducible": True} if settings.reproducible else {}),
         **({"eagle": _place(models.head(method))} if methods.METHODS[method].versions else {}),
         **{field: _recorded(getattr(models, field)) for field in methods.METHODS[method].settings}}
 

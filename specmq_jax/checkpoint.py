@@ -142,11 +142,22 @@ class CheckpointReader:
 
     def restore(self, device: jax.Device | None = None) -> Params:
         """All parameters as Flax variables on `device`, by default JAX's default device."""
-        found = self._read(list(self.shapes), device)
         tree: dict[str, Any] = {}
-        for path, weight in found.items():
+        for path, weight in self.weights(device):
             _put(tree, path, weight)
         return {"params": tree}
+
+    def weights(self, device: jax.Device | None = None) -> Iterator[tuple[str, Weight]]:
+        """Each path of `parameter_shapes` with its weight on `device`, read shard by shard: whoever drops the weights as
+        they come holds one shard's at a time, `SHARD_BYTES` and one weight more at the most."""
+        by_shard: dict[pathlib.Path, list[str]] = {}
+        for path, shape in self.shapes.items():
+            name, _ = next(_named_leaves(path, self.formats.abstract(path, shape)))
+            by_shard.setdefault(self._shard_of[name], []).append(path)
+        for paths in by_shard.values():
+            found = self._read(paths, device)
+            for path in paths:
+                yield path, found.pop(path)
 
     def read(self, path: str, device: jax.Device | None = None) -> Weight:
         """The weight at one path of `parameter_shapes`."""

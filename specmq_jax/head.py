@@ -1,29 +1,23 @@
-"""An EAGLE head ready to draft for a target, and the reading of official head files."""
+"""An EAGLE head ready to draft for a target, and its making from an official head's file."""
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int64
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Array, Float
 
-from specmq_jax import formats
+from specmq_jax import formats, head_file
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig, read_json
 from specmq_jax.eagle import EagleConfig, EagleHead, eagle_config, eagle_version
 from specmq_jax.errors import UserError
-from specmq_jax.formats import Dense, DenseFormat, WeightFormat
+from specmq_jax.formats import Weight, WeightFormat
+from specmq_jax.head_file import Shapes, Tensors
 from specmq_jax.model import Model
-
-Tensors = Mapping[str, np.ndarray]
-_SAFETENSORS = "model.safetensors"
-_SAMPLED_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,46 +64,58 @@ def load_head(directory: str | pathlib.Path, target: Model, *, precision: str | 
       UserError: a missing or damaged file, or a head made for another target.
     """
     directory = pathlib.Path(directory)
-    tensors = _read_tensors(directory)
-    _check_kind(directory, tensors)
-    for name in ("fc.weight", "embed_tokens.weight", "lm_head.weight"):
-        if name in tensors and tensors[name].ndim != 2:
-            raise UserError(f"{directory}: tensor {name} has shape {list(tensors[name].shape)}; expected a matrix")
+    tensors = head_file.read_tensors(directory)
+    head = _described(directory, tensors, target, precision)
+    head_file.check_draft_ids(directory, tensors, target.config.vocab_size)
+    head_file.check_basis(directory, tensors, head.config, target)
+    ids = jnp.asarray(head_file.draft_ids(tensors), jnp.int32) if "d2t" in tensors else None
+    return dataclasses.replace(head, params={
+        "head": {"params": _parameters(tensors, head.module, target)}, "ids": ids})
+
+
+def outline_head(directory: str | pathlib.Path, target: Model, *, precision: str | None = None) -> Head:
+    """What `load_head` would make, from the same arguments, with `jax.ShapeDtypeStruct`s in `params`; parts of the target
+    are the very ones that it holds.
+
+    Raises:
+      UserError: as `load_head`, but for what the tensors' values tell.
+    """
+    directory = pathlib.Path(directory)
+    tensors = head_file.tensor_shapes(directory)
+    head = _described(directory, tensors, target, precision)
+
+    def parameters() -> Any:
+        states = jnp.zeros((1, head.config.feature_size))
+        return head.module.init(jax.random.key(0), jnp.zeros(1, jnp.int32), states, head.new_cache(128),
+                                method="everything")["params"]
+
+    ids = jax.ShapeDtypeStruct(tensors["d2t"].shape, jnp.int32) if "d2t" in tensors else None
+    return dataclasses.replace(head, params={
+        "head": {"params": jax.eval_shape(parameters) | _borrowed(tensors, head.config, target)}, "ids": ids})
+
+
+def _described(directory: pathlib.Path, tensors: Tensors | Shapes, target: Model, precision: str | None) -> Head:
+    """A head without its parameters; whatever is wrong with the shapes of its tensors is a `UserError`."""
+    head_file.check_kind(directory, tensors)
     settings = read_json(directory / "config.json")
     config = eagle_config(settings, {name: value.shape for name, value in tensors.items()}, target.config)
     capture = config.capture(target.config.num_layers)
     _check_target(config, capture, target.config)
-    _check_vocabulary(directory, settings, tensors, target.config.vocab_size)
-    _check_shapes(directory, settings, tensors, config)
-    _check_basis(directory, tensors, config, target)
+    head_file.check_vocabulary(directory, settings, tensors, target.config.vocab_size)
+    head_file.check_shapes(directory, settings, tensors, config)
     dense = next(f for name in ("fp32", "bf16", "fp16") if (f := formats.get(name)).dtype == target.module.format.dtype)
     linear = formats.get(precision) if precision else dense
     head_format = dense if "lm_head.weight" in tensors else target.module.head_format
     module = EagleHead(config, linear, head_format, target.module.embed_format)
-    return Head(config=config, module=module, capture=capture, params={
-        "head": {"params": _parameters(tensors, config, linear, dense, target)}, "ids": _target_ids(tensors)})
+    return Head(config=config, module=module, capture=capture, params=None)
 
 
 def head_version(directory: str | pathlib.Path) -> int:
     """2 or 3, what kind of EAGLE head a directory holds (EAGLE-1 heads are of kind 2); errors as in `load_head`."""
     directory = pathlib.Path(directory)
-    if (path := directory / _SAFETENSORS).exists():
-        with _opened(path) as file:
-            names = set(file.keys())
-    else:
-        names = set(_read_tensors(directory))
-    _check_kind(directory, names)
-    return eagle_version(names)
-
-
-def _target_ids(tensors: Tensors) -> jax.Array | None:
-    return jnp.asarray(_draft_ids(tensors), jnp.int32) if "d2t" in tensors else None
-
-
-def _draft_ids(tensors: Tensors) -> Int64[np.ndarray, "V"]:
-    """The target's id of each token that the head scores; the file holds offsets."""
-    offsets = tensors["d2t"].astype(np.int64)
-    return np.arange(len(offsets)) + offsets
+    tensors = head_file.tensor_shapes(directory)
+    head_file.check_kind(directory, tensors)
+    return eagle_version(tensors)
 
 
 def _check_target(config: EagleConfig, capture: tuple[int, ...], target: LlamaConfig) -> None:
@@ -122,100 +128,14 @@ def _check_target(config: EagleConfig, capture: tuple[int, ...], target: LlamaCo
                         f"{config.vocab_size}; this target gives {width} over {target.vocab_size}")
 
 
-def _check_vocabulary(directory: pathlib.Path, settings: Mapping[str, Any], tensors: Tensors, vocab_size: int) -> None:
-    """Every size of the vocabulary that the head tells, and the ids its own vocabulary stands for."""
-    found = [settings.get("vocab_size", vocab_size)]
-    found += [len(tensors[name]) for name in ("embed_tokens.weight", "t2d") if name in tensors]
-    for size in found:
-        if size != vocab_size:
-            raise UserError(f"{directory} holds a head for a vocabulary of {size} tokens; this target has {vocab_size}")
-    scored = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else vocab_size
-    if "d2t" not in tensors:
-        if scored != vocab_size:
-            raise UserError(f"{directory}: the head scores {scored} of the target's {vocab_size} tokens, and tensor d2t, "
-                            "which says which, is missing")
-        return
-    if tensors["d2t"].shape != (scored,):
-        raise UserError(f"{directory}: tensor d2t has shape {list(tensors['d2t'].shape)}; lm_head.weight, which scores "
-                        f"{scored} tokens, asks for [{scored}]")
-    ids = _draft_ids(tensors)
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise UserError(f"{directory}: tensor d2t stands for token {outside[0]}, outside the vocabulary of {vocab_size}")
-    if len(np.unique(ids)) < len(ids):
-        raise UserError(f"{directory}: tensor d2t stands for a token twice")
-
-
-def _check_shapes(directory: pathlib.Path, settings: Mapping[str, Any], tensors: Tensors, config: EagleConfig) -> None:
-    """Every tensor that will be read is there, in the shape that the head's sizes ask for."""
-    layer, hidden = config.layer, settings.get("hidden_size", config.layer.hidden_size)
-    heads, kv_heads, mlp = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim, layer.intermediate_size
-
-    def decoder_layer(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
-        return {f"{prefix}self_attn.q_proj.weight": (heads, width), f"{prefix}self_attn.k_proj.weight": (kv_heads, width),
-                f"{prefix}self_attn.v_proj.weight": (kv_heads, width), f"{prefix}self_attn.o_proj.weight": (hidden, heads),
-                f"{prefix}mlp.gate_proj.weight": (mlp, hidden), f"{prefix}mlp.up_proj.weight": (mlp, hidden),
-                f"{prefix}mlp.down_proj.weight": (hidden, mlp), f"{prefix}post_attention_layernorm.weight": (hidden,)}
-
-    if config.version == 3:
-        expected = {"fc.weight": (hidden, config.feature_size), **decoder_layer("midlayer.", config.embed_size + hidden),
-                    "midlayer.input_layernorm.weight": (config.embed_size,), "midlayer.hidden_norm.weight": (hidden,),
-                    "norm.weight": (hidden,)}
-    else:
-        expected = {"fc.weight": (hidden, config.embed_size + config.feature_size), **decoder_layer("layers.0.", hidden)}
-        if config.bias:
-            expected["fc.bias"] = (hidden,)
-    for i in range(1, layer.num_layers):
-        expected |= {**decoder_layer(f"layers.{i}.", hidden), f"layers.{i}.input_layernorm.weight": (hidden,)}
-    own = {"embed_tokens.weight": (config.vocab_size, config.embed_size), "lm_head.weight": (layer.vocab_size, hidden)}
-    if config.rotated:
-        # the target's own tables are in the rotated basis, the head's states are not
-        expected |= {"rms_norm_rotation.weight": (config.feature_size, config.feature_size), **own}
-    expected |= {name: shape for name, shape in own.items() if name in tensors}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(f"{directory}: tensor {name} is missing from the EAGLE head")
-        if tensors[name].shape != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {list(tensors[name].shape)}; the head's other sizes ask "
-                            f"for {list(shape)}")
-
-
-def _check_basis(directory: pathlib.Path, tensors: Tensors, config: EagleConfig, target: Model) -> None:
-    """Finds a head for a rotated target on one that isn't, and the other way round, where their tables tell.
-
-    A rotated target has its norms' weights folded into its matrices, so that they are one, and its embedding is the original
-    one times an orthogonal matrix: rows with other directions, and the same angles between them. A head without an
-    embedding of its own tells nothing.
-    """
-    plain = f"{directory} holds a head for a rotated target (tensor rms_norm_rotation.weight), and this target is not rotated"
-    params = target.params["params"]
-    if config.rotated and not bool(jnp.all(params["norm"]["scale"] == 1)):
-        raise UserError(plain)
-    table = params["embed"]["table"]
-    own = tensors.get("embed_tokens.weight")
-    if own is None or own.shape != table.shape:
-        return
-    rows = np.linspace(0, len(own) - 1, min(_SAMPLED_ROWS, len(own)), dtype=np.int64)
-    ours, theirs = own[rows].astype(np.float64), np.asarray(table[rows], np.float64)
-    used = ours.any(axis=1) & theirs.any(axis=1)
-    ours, theirs = (side[used] / np.linalg.norm(side[used], axis=1, keepdims=True) for side in (ours, theirs))
-    alike = float(np.mean(np.sum(ours * theirs, axis=1))) if used.any() else 0.0
-    if config.rotated and alike > 0.99:
-        raise UserError(plain)
-    angles, moved = theirs @ theirs.T, np.abs(ours @ ours.T - theirs @ theirs.T)
-    between = ~np.eye(len(angles), dtype=bool)
-    if not config.rotated and alike < 0.5 and between.any() and moved[between].mean() < 0.1 * np.abs(angles[between]).mean():
-        raise UserError(f"{directory} holds a head whose embedding is this target's in another basis: one of the two is "
-                        "rotated and the other is not; take the head that was made for this target")
-
-
-def _parameters(tensors: Tensors, config: EagleConfig, linear: WeightFormat, dense: DenseFormat, target: Model
-                ) -> dict[str, Any]:
+def _parameters(tensors: Tensors, module: EagleHead, target: Model) -> dict[str, Any]:
     """Flax parameters in the module's names from the file's, whose shapes were checked."""
+    config = module.config
     prefix = "midlayer." if config.version == 3 else "layers.0."
 
-    def weight(*names: str) -> dict[str, Any]:
-        return {"w": linear.pack(jnp.concatenate([jnp.asarray(tensors[name]).T for name in names], axis=1))}
+    def weight(*names: str, form: WeightFormat = module.format) -> dict[str, Any]:
+        # joined on the host: on the device the parts would lie beside the whole
+        return {"w": _packed(jnp.asarray(np.concatenate([tensors[name] for name in names])), form)}
 
     def scale(name: str) -> dict[str, Any]:
         return {"scale": jnp.asarray(tensors[name], jnp.float32)}
@@ -239,53 +159,25 @@ def _parameters(tensors: Tensors, config: EagleConfig, linear: WeightFormat, den
     if config.version == 3:
         params |= {"embed_norm": scale("midlayer.input_layernorm.weight"), "norm": scale("norm.weight"),
                    "state_norm": scale("midlayer.hidden_norm.weight")}
-    targets = target.params["params"]
-    own_table = "embed_tokens.weight" in tensors
-    params["embed"] = {"table": jnp.asarray(tensors["embed_tokens.weight"]).astype(target.module.embed_format.dtype)
-                       } if own_table else targets["embed"]
+    if "embed_tokens.weight" in tensors:
+        params["embed"] = {"table": jnp.asarray(tensors["embed_tokens.weight"]).astype(module.embed_format.dtype)}
+    if "lm_head.weight" in tensors:
+        params["lm_head"] = weight("lm_head.weight", form=module.head_format)
+    return params | _borrowed(tensors, config, target)
+
+
+def _borrowed(tensors: Tensors | Shapes, config: EagleConfig, target: Model) -> dict[str, Any]:
+    """The target's parameters that stand in for those which the head's file lacks."""
+    targets, found = target.params["params"], {}
+    if "embed_tokens.weight" not in tensors:
+        found["embed"] = targets["embed"]
     if config.tied_head:
-        params["output_table"] = targets["embed"]
-    elif "lm_head.weight" in tensors:
-        params["lm_head"] = {"w": Dense(jnp.asarray(tensors["lm_head.weight"]).T.astype(dense.dtype))}
-    else:
-        params["lm_head"] = targets["lm_head"]
-    return params
+        found["output_table"] = targets["embed"]
+    elif "lm_head.weight" not in tensors:
+        found["lm_head"] = targets["lm_head"]
+    return found
 
 
-def _check_kind(directory: pathlib.Path, names: Container[str]) -> None:
-    if "fc.weight" not in names:
-        raise UserError(f"{directory} holds no EAGLE head: tensor fc.weight is missing")
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _read_tensors(directory: pathlib.Path) -> Tensors:
-    """Every tensor of the head's one file."""
-    path = directory / _SAFETENSORS
-    if path.exists():
-        with _opened(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    pickle = directory / "pytorch_model.bin"
-    if not pickle.exists():
-        raise UserError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{pickle} needs PyTorch: pip install 'specmq-jax[torch]', or save it as model.safetensors"
-                        ) from None
-    try:
-        loaded = torch.load(pickle, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{pickle} can't be loaded as plain tensors: {reason.splitlines()[0]}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"{pickle} can't be loaded as plain tensors: expected names with a tensor each")
-    return {name: value.float().numpy() if value.is_floating_point() else value.numpy()
-            for name, value in loaded.items()}
+@functools.partial(jax.jit, static_argnums=1)
+def _packed(rows: Float[Array, "N K"], linear: WeightFormat) -> Weight:
+    return linear.pack(rows.T)

@@ -2,22 +2,26 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Array, Float, Int32
 
 from specmq_jax import checkpoint, formats
 from specmq_jax.cache import KVCache
+from specmq_jax.checkpoint import Formats
 from specmq_jax.config import LlamaConfig
 from specmq_jax.errors import UserError
-from specmq_jax.formats import Dense, DenseFormat, WeightFormat
+from specmq_jax.formats import Dense, DenseFormat, Weight, WeightFormat
 from specmq_jax.llama import Llama
-from specmq_jax.memory import check_room
+from specmq_jax.memory import check_room, tree_bytes
 
 Params = Any
 
@@ -55,11 +59,76 @@ class Model:
         """The same weights at another precision, quantised by round-to-nearest; embedding and lm_head are shared."""
         if precision == self.precision:
             return self
-        return _convert_linears(self, formats.get(precision), expand=self._is_expanded)
+        linear, current, shapes = formats.get(precision), self._formats, checkpoint.parameter_shapes(self.config)
+        expanded = self.module.format.name != self.precision  # and stays so
+        held = dataclasses.replace(current, linear=formats.expanded(linear) if expanded else linear)
+        weights = traverse_util.flatten_dict(self.params["params"], sep="/")
+        made = {path: self._repacked(path, weight, shapes[path], current, linear, held) for path, weight in weights.items()}
+        return dataclasses.replace(self, module=_module(self.config, held), params=_variables(made), precision=linear.name)
 
     @property
-    def _is_expanded(self) -> bool:
-        return self.module.format.name != self.precision
+    def _formats(self) -> Formats:
+        return Formats(linear=self.module.format, head=self.module.head_format, embed=self.module.embed_format)
+
+    @staticmethod
+    def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats
+                  ) -> Weight:
+        """The weight at a path of `checkpoint.parameter_shapes`, packed as `_repackings` says."""
+        for before, after in _repackings(path, current, linear, held):
+            weight = weight.astype(after.dtype) if path == "embed/table" else _repack(weight, before, after, shape)
+        return weight
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Outline(Model):
+    """A model that is not loaded: `params` holds `jax.ShapeDtypeStruct`s.
+
+    Attributes:
+      making_bytes: device memory that loading, or quantising, takes at the most beside the weights that come of it.
+    """
+
+    making_bytes: int = 0
+
+    @classmethod
+    def of(cls, config: LlamaConfig, held: Formats) -> Self:
+        """The outline of a model whose parts are in the formats `held`."""
+        weights = {path: held.abstract(path, shape) for path, shape in checkpoint.parameter_shapes(config).items()}
+        return cls(config=config, module=_module(config, held), params=_variables(weights), precision=held.linear.name)
+
+    def with_precision(self, precision: str) -> "Outline":
+        made = super().with_precision(precision)
+        packed = [shape for path, shape in checkpoint.parameter_shapes(self.config).items() if _is_linear(path)]
+        return made if made is self else dataclasses.replace(made, making_bytes=_packing_bytes(packed))
+
+    @staticmethod
+    def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats
+                  ) -> Weight:
+        del current, linear
+        return held.abstract(path, shape) if _is_linear(path) else weight
+
+
+def outline(source: str | pathlib.Path, precision: str | None = None, *, expand: bool | None = None) -> Outline:
+    """What `load` would make, from the same arguments: its memory and its mistakes are known before anything is loaded.
+
+    A foreign source is converted, one weight at a time.
+
+    Raises:
+      UserError: nothing readable there, or an unknown precision.
+    """
+    wanted = formats.get(precision) if precision else None
+    directory = _native_directory(source)
+    config, stored = LlamaConfig.from_directory(directory), _stored_formats(directory)
+    linear, f32 = wanted or stored.linear, DenseFormat(kind="fp32")
+    expand = jax.default_backend() == "cpu" if expand is None else expand
+    held = (Formats(linear=formats.expanded(linear), head=f32, embed=f32) if expand else
+            dataclasses.replace(stored, linear=linear))
+    changed = {path: shape for path, shape in checkpoint.parameter_shapes(config).items()
+               if _repackings(path, stored, linear, held)}
+    making = 0
+    if changed:
+        sizes = [tree_bytes(stored.abstract(path, shape)) for path, shape in changed.items()]
+        making = min(sum(sizes), checkpoint.SHARD_BYTES + max(sizes)) + _packing_bytes(changed.values())
+    return dataclasses.replace(Outline.of(config, held), precision=linear.name, directory=directory, making_bytes=making)
 
 
 def load(source: str | pathlib.Path, precision: str | None = None, *, expand: bool | None = None) -> Model:
@@ -68,40 +137,62 @@ def load(source: str | pathlib.Path, precision: str | None = None, *, expand: bo
     Args:
       source: a native checkpoint directory, or anything `checkpoints_tools.convert` reads (a Hugging Face directory, a
         GGUF file, a hub name), which is converted once into the cache directory.
-      precision: another precision than the stored one, made by round-to-nearest.
-      expand: compute in f32 on weights expanded once; by default on CPUs, where half precision is emulated.
+      precision: another precision than the stored one, made by round-to-nearest, a weight at a time: the device need not
+        have room for the stored ones.
+      expand: compute in f32 on weights expanded once (8-bit activations stay so); by default on CPUs, where half precision
+        is emulated.
 
     Raises:
-      UserError: nothing readable there, a damaged checkpoint, an unknown precision.
+      UserError: nothing readable there, a damaged checkpoint, an unknown precision, or too little device memory, which
+        is found before anything is loaded.
     """
-    wanted = formats.get(precision) if precision else None
-    directory = _native_directory(source)
-    config = LlamaConfig.from_directory(directory)
-    stored = checkpoint.read_metadata(directory)["formats"]
-    linear, head, embed = (formats.get(stored[part]) for part in ("linear", "head", "embed"))
-    module = Llama(config, linear, head, embed)
-    check_room(sum(f.stat().st_size for f in (directory / "weights").rglob("*") if f.is_file()), f"loading {directory}")
-    model = Model(config=config, module=module, params=checkpoint.restore(directory), precision=linear.name,
-                  directory=directory)
-    expand = jax.default_backend() == "cpu" if expand is None else expand
-    if wanted is not None and wanted != linear:
-        return _convert_linears(model, wanted, expand=expand)
-    return _convert_linears(model, linear, expand=True) if expand else model
+    made = outline(source, precision, expand=expand)
+    check_room(tree_bytes(made.params) + made.making_bytes, f"loading {made.directory}")
+    linear, weights = formats.get(made.precision), {}
+    reader = checkpoint.CheckpointReader(made.directory)
+    for path, weight in reader.weights():
+        weights[path] = Model._repacked(path, weight, reader.shapes[path], reader.formats, linear, made._formats)
+        del weight  # else it would stay until the next one has come
+    return Model(config=made.config, module=made.module, params=_variables(weights), precision=made.precision,
+                 directory=made.directory)
 
 
 def random_model(config: LlamaConfig, precision: str, *, seed: int = 0) -> Model:
-    """Random weights of the given sizes: right for speed, useless for quality."""
+    """Random weights of the given sizes: right for speed, useless for quality.
+
+    Raises:
+      UserError: an unknown precision, or weights that the device has no room for.
+    """
     linear = formats.get(precision)
     dense = linear if isinstance(linear, DenseFormat) else DenseFormat(kind="fp16")
-    module = Llama(config, linear, dense, dense)
-    cache = jax.eval_shape(lambda: KVCache.create(config, 128, linear.dtype))
+    module, f32 = Llama(config, linear, dense, dense), DenseFormat(kind="fp32")
+    check_room(tree_bytes(Outline.of(config, Formats(linear=linear, head=dense, embed=dense)).params)
+               + _packing_bytes(checkpoint.parameter_shapes(config).values()), "making the weights")
+    # in f32 a weight's shape is its logical one
+    plain = Outline.of(config, Formats(linear=f32, head=f32, embed=f32)).params
+    key = jax.random.key(seed)
 
-    @jax.jit
-    def init(key: Array) -> Params:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
-        return module.init(key, jnp.zeros(1, jnp.int32), zeros, method="everything")
+    def fill(path: tuple[Any, ...], part: Any) -> Any:
+        """One weight at a time: a function that made them all would keep their f32 values side by side."""
+        nonlocal key
+        key, own_key = jax.random.split(key)
+        names = [entry.key for entry in path]
+        if isinstance(part, Dense):
+            return _random_weight(own_key, module.head_format if "lm_head" in names else linear, part.values.shape)
+        return _random_table(own_key, dense, part.shape) if names[-1] == "table" else jnp.ones(part.shape, part.dtype)
 
-    return Model(config=config, module=module, params=init(jax.random.key(seed)), precision=precision)
+    params = jax.tree_util.tree_map_with_path(fill, plain, is_leaf=lambda part: isinstance(part, Dense))
+    return Model(config=config, module=module, params=params, precision=linear.name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_weight(key: Array, weight_format: WeightFormat, shape: tuple[int, int]) -> Any:
+    return weight_format.init(key, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_table(key: Array, weight_format: DenseFormat, shape: tuple[int, int]) -> Float[Array, "V D"]:
+    return (jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5).astype(weight_format.dtype)
 
 
 def logits(model: Model, token_ids: Sequence[int] | Int32[Array, "M"]) -> Float[Array, "M V"]:
@@ -146,40 +237,43 @@ def _native_directory(source: str | pathlib.Path) -> pathlib.Path:
     return convert.prepare(source)
 
 
-def _convert_linears(model: Model, wanted: WeightFormat, *, expand: bool) -> Model:
-    """Repacks each layer's linear weights; with `expand`, everything is then held as f32."""
-    f32 = DenseFormat(kind="fp32")
-    current, held = model.module.format, f32 if expand else wanted
+def _stored_formats(directory: pathlib.Path) -> Formats:
+    return Formats.named(checkpoint.read_metadata(directory)["formats"])
 
-    def shapes() -> dict[str, tuple[int, int]]:
-        c = model.config
-        return {"qkv": (c.hidden_size, c.qkv_features), "o": (c.num_heads * c.head_dim, c.hidden_size),
-                "gate_up": (c.hidden_size, 2 * c.intermediate_size), "down": (c.intermediate_size, c.hidden_size)}
 
-    @functools.partial(jax.jit, static_argnames="shape")
-    def repack(weight: Any, shape: tuple[int, int]) -> Any:
-        if model.precision != wanted.name:
-            weight = wanted.pack(current.unpack(weight, shape))
-            return f32.pack(wanted.unpack(weight, shape)) if expand else weight
-        return f32.pack(current.unpack(weight, shape))
+def _module(config: LlamaConfig, held: Formats) -> Llama:
+    return Llama(config, held.linear, held.head, held.embed)
 
-    def convert(name: str, part: Any) -> Any:
-        if name in shapes():
-            return {"w": repack(part["w"], shapes()[name])}
-        return {key: convert(key, value) for key, value in part.items()} if isinstance(part, dict) else part
 
-    params = dict(model.params["params"])
-    for name in params:
-        if name.startswith("layers_"):
-            params[name] = convert(name, params[name])
-    head_format, embed_format = model.module.head_format, model.module.embed_format
-    if expand and embed_format != f32:
-        params["embed"] = {"table": params["embed"]["table"].astype(jnp.float32)}
-        embed_format = f32
-    if expand and head_format != f32:
-        if "lm_head" in params:
-            shape = (model.config.hidden_size, model.config.vocab_size)
-            params["lm_head"] = {"w": Dense(head_format.unpack(params["lm_head"]["w"], shape))}
-        head_format = f32
-    module = Llama(model.config, held, head_format, embed_format)
-    return dataclasses.replace(model, module=module, params={"params": params}, precision=wanted.name)
+def _variables(weights: Mapping[str, Weight]) -> Params:
+    """Flax variables of weights by path."""
+    return {"params": traverse_util.unflatten_dict(weights, sep="/")}
+
+
+def _is_linear(path: str) -> bool:
+    """Whether a path of `checkpoint.parameter_shapes` is that of a layer's linear weight."""
+    return path.startswith("layers_") and path.endswith("/w")
+
+
+def _repackings(path: str, current: Formats, linear: WeightFormat, held: Formats
+                ) -> list[tuple[WeightFormat, WeightFormat]]:
+    """From which format into which a weight goes that is in the formats `current` and shall be in those `held`; a layer's is
+    rounded to what `linear` can hold on the way."""
+    if path.endswith("/scale"):
+        return []
+    stations = [current.embed, held.embed] if path == "embed/table" else [current.of(path), held.of(path)]
+    if _is_linear(path):
+        stations.insert(1, linear)
+    return [(before, after) for before, after in itertools.pairwise(stations) if before != after]
+
+
+def _packing_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """What packing weights of these shapes, one after another, takes beside them: f32 values that XLA doesn't fuse away."""
+    return 4 * max(map(math.prod, shapes))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _repack(weight: Weight, before: WeightFormat, after: WeightFormat, shape: tuple[int, int]) -> Weight:
+    if after == formats.expanded(before):
+        return formats.expand(before, weight, shape)
+    return after.pack(before.unpack(weight, shape))

@@ -7,13 +7,13 @@ draft step, shrinks.
 import dataclasses
 import pathlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int32
 
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
@@ -49,7 +49,7 @@ def cut_vocabulary(head: Head, ranked: Int32[np.ndarray, "N"], size: int) -> Hea
     """The head scoring only the `size` first ids of a ranking.
 
     Args:
-      head: one that scores the target's whole vocabulary.
+      head: one that scores the target's whole vocabulary, or the outline of one.
       ranked: token ids, most frequent first.
       size: how many stay.
 
@@ -64,10 +64,15 @@ def cut_vocabulary(head: Head, ranked: Int32[np.ndarray, "N"], size: int) -> Hea
     ids = jnp.asarray(np.sort(ranked[:size]))
     tree: dict[str, Any] = dict(head.params["head"]["params"])
     if head.config.tied_head:
-        tree["output_table"] = {"table": tree["output_table"]["table"][ids]}
+        tree["output_table"] = {"table": _of(tree["output_table"]["table"], lambda table: table[ids])}
     else:
         # every weight format keeps the output channels on the last axis of each of its arrays
-        tree["lm_head"] = jax.tree.map(lambda leaf: leaf[..., ids], tree["lm_head"])
+        tree["lm_head"] = jax.tree.map(lambda leaf: _of(leaf, lambda leaf: leaf[..., ids]), tree["lm_head"])
     config = dataclasses.replace(head.config, layer=dataclasses.replace(head.config.layer, vocab_size=size))
     return dataclasses.replace(head, config=config, module=head.module.clone(config=config),
                                params={"head": {"params": tree}, "ids": ids})
+
+
+def _of(leaf: Array | jax.ShapeDtypeStruct, part: Callable[[Array], Array]) -> Array | jax.ShapeDtypeStruct:
+    """A part of an array, or the shape that it would have."""
+    return jax.eval_shape(part, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else part(leaf)

@@ -7,6 +7,7 @@ import numpy as np
 import specmq_jax as sm
 from experiments import methods
 from experiments.flags import Settings
+from specmq_jax.memory import Plan
 
 QUESTIONS = """{"question_id": 1, "category": "writing", "turns": ["Name a colour.", "Another one."]}
 {"question_id": 2, "category": "math", "turns": ["What is 6 times 7?"]}
@@ -72,6 +73,10 @@ class FakeBench:
         plain = method == "baseline"
         self.decoders[method] = FakeDecoder(accept=1 if plain else 4, kill_at=self.kill_at, slip=self.slip and not plain)
         return self.decoders[method]
+
+
+def fake_plan(settings, needed):
+    return Plan({"target": 2 * 10**9, **{method: 8 * 10**7 for method in needed}})
 
 
 def make_settings(directory, **changes):

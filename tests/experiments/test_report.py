@@ -5,7 +5,7 @@ import io
 import json
 
 import pytest
-from benches import FakeBench, make_settings
+from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 
 from experiments import methods, report, runner
@@ -23,7 +23,7 @@ def reported(tmp_path, monkeypatch):
     """The settings of a reported run, and the table."""
     monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path), io.StringIO()
-    results = runner.run(settings, load=lambda _: FakeBench(), console=Console(file=io.StringIO()))
+    results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=printed, width=100))
     return settings, printed.getvalue()
 
@@ -46,7 +46,7 @@ def test_turns_count_against_the_identical_share_while_their_prompts_are_the_sam
     monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path), io.StringIO()
     # turns of questions 1, 1, 2, c, c; the first, third and fifth differ, and the second's prompt with the first's answer
-    results = runner.run(settings, load=lambda _: FakeBench(slip=True), console=Console(file=io.StringIO()))
+    results = runner.run(settings, load=lambda _: FakeBench(slip=True), plan=fake_plan, console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=printed, width=100))
     spec = report.summarise(settings, results)["methods"]["spec"]
     assert spec["comparable_turns"] == 4 and spec["turns"] == 5
@@ -82,7 +82,7 @@ def test_only_a_slow_low_bit_copy_on_a_cpu_is_excused(tmp_path, monkeypatch, dev
     monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
     monkeypatch.setattr(metrics, "device_name", lambda: device)
     settings = make_settings(tmp_path, methods=("baseline", "spec"), models=methods.Models(drafter=drafter))
-    results = runner.run(settings, load=lambda _: FakeBench(), console=Console(file=io.StringIO()))
+    results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     slow = [dataclasses.replace(answer, wall_time=tuple(20 * t for t in answer.wall_time)) for answer in results[1].answers]
     results[1] = dataclasses.replace(results[1], method=method, answers=tuple(slow))
     report.print_table(report.summarise(settings, results), Console(file=(printed := io.StringIO()), width=100))
@@ -122,6 +122,6 @@ def test_plot_is_a_picture(reported):
 def test_a_run_without_baseline_has_no_relative_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path, methods=("spec",)), io.StringIO()
-    results = runner.run(settings, load=lambda _: FakeBench(), console=Console(file=io.StringIO()))
+    results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=printed, width=100))
     assert json.loads((settings.output_dir / "summary.json").read_text())["methods"]["spec"]["speedup"] is None

@@ -5,13 +5,13 @@ import io
 import json
 
 import pytest
-from benches import FakeBench, make_settings
+from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 
 import specmq_jax as sm
 from experiments import runner
 from experiments.methods import Models
-from specmq_jax import metrics
+from specmq_jax import memory, metrics
 from specmq_jax.errors import UserError
 
 
@@ -23,7 +23,8 @@ def _no_bandwidth_measurement(monkeypatch):
 def run(settings, bench=None):
     """The results and what was printed."""
     bench, printed = bench or FakeBench(), io.StringIO()
-    return runner.run(settings, load=lambda _: bench, console=Console(file=printed, width=500)), printed.getvalue()
+    results = runner.run(settings, load=lambda _: bench, plan=fake_plan, console=Console(file=printed, width=500))
+    return results, printed.getvalue()
 
 
 def no_load(settings):
@@ -92,6 +93,7 @@ def test_a_finished_run_is_reported_again_without_loading_a_model(tmp_path):
     ({"models": Models(draft_length=2)}, "draft_length 4 there and 2 here"),
     ({"models": Models(precision="w4a16")}, "precision 'as stored' there and 'w4a16' here"),
     ({"question_end": 2}, "questions 'questions.jsonl 0:3"),
+    ({"reproducible": True}, "reproducible None there and True here"),
 ])
 def test_answers_of_other_settings_are_neither_mixed_nor_lost(tmp_path, changes, difference):
     settings = make_settings(tmp_path)
@@ -187,6 +189,29 @@ def test_an_unwritable_directory_is_found_before_a_model_is_loaded(tmp_path):
     settings = make_settings(tmp_path, output_dir=tmp_path / "file" / "out")
     with pytest.raises(UserError, match="can't be written to: Not a directory"):
         runner.run(settings, load=no_load)
+
+
+def test_the_memory_that_is_needed_is_printed_before_a_model_is_loaded(tmp_path):
+    printed = io.StringIO()
+
+    def load(settings):
+        assert printed.getvalue() == "memory: target 2.0 GB, baseline 80.0 MB, spec 80.0 MB: 2.2 GB\n"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(make_settings(tmp_path), load=load, plan=fake_plan, console=Console(file=printed, width=20))
+    settings = make_settings(tmp_path)
+    run(dataclasses.replace(settings, methods=("baseline",)))
+    assert "memory: target 2.0 GB, spec 80.0 MB: 2.1 GB\n" in run(settings)[1]  # of what is still to be done
+
+
+def test_too_little_memory_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(free=2 * 10**9, limit=3 * 10**9))
+    printed = io.StringIO()
+    with pytest.raises(UserError) as error:
+        runner.run(make_settings(tmp_path), load=no_load, plan=fake_plan, console=Console(file=printed, width=500))
+    assert "takes 2.2 GB of device memory" in str(error.value) and "has 2.0 GB free of 3.0 GB" in str(error.value)
+    assert "\n" not in str(error.value) and "2.2 GB of 2.0 GB free" in printed.getvalue()
 
 
 def test_progress_off_a_terminal_is_plain_lines(tmp_path):
