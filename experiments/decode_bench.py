@@ -1,0 +1,224 @@
+"""Times decoding at real sizes with random weights: python -m experiments.decode_bench --shape=llama3-8b
+
+T_v(n), the target's pass over n rows of a draft tree (T_v(1) is plain decoding's T_t), then each method's drafting,
+verification and whole rounds, and prefill. Whole rounds run as users run them, inside the jitted loop. Times are medians over
+runs; the floor of a time is what its bytes, each counted once a pass, take at the device's copy speed.
+
+Some flags are those of the other experiments, with defaults of their own here: --methods is baseline,eagle2; --precision is
+w4a16, and takes several names, separated by commas; --draft_precision is w4a16; trees are the papers' 6/10/60 and
+--min_draft_length is 6, on a CPU too.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+from absl import flags as absl_flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import flags, methods, step_times
+from experiments.random_models import SHAPES, Drafting, shape, small_shape
+from experiments.report import NO_VALUE, stdout
+from experiments.step_times import PARTS, PREFILL_RUNS, Measure, Settings
+from specmq_jax import errors, formats, metrics
+from specmq_jax.config import TreeConfig
+from specmq_jax.errors import UserError
+
+_SHARED = ("precision", "methods", "draft_precision", "draft_length", "min_draft_length", "draft_model_start", "tree_depth",
+           "tree_top_k", "tree_size", "reproducible")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, measures and prints."""
+    flags.no_arguments(argv)
+    given = absl_flags.FLAGS
+    settings = _settings()
+    file = pathlib.Path(given.json) if given.json else None
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"{file} can't be written to; name another file with --json=FILE")
+    run(settings, {"shape": given.shape, "draft_shape": given.draft_shape or small_shape(given.shape)},
+        bandwidth=1e9 * given.bandwidth if given.bandwidth else None, file=file)
+
+
+def run(settings: Settings, about: Mapping[str, Any], *, bandwidth: float | None = None, file: pathlib.Path | None = None,
+        console: Console | None = None, progress: Console | None = None) -> list[Measure]:
+    """Measures and prints the tables, of what there is where an error ends it.
+
+    Args:
+      settings: what to measure.
+      about: more to be said in the JSON.
+      bandwidth: bytes a second of the floor; by default those of a large copy.
+      file: JSON, written again behind every figure.
+      console, progress: where tables and progress go; by default stdout and stderr.
+
+    Raises:
+      UserError: as in `step_times.measure`.
+    """
+    console, progress = console or stdout(), progress or Console(stderr=True)
+    about = {"device": metrics.device_name(), "bandwidth": bandwidth or metrics.device_bandwidth(),
+             "bandwidth_source": "given" if bandwidth else "copy", "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+             "python": platform.python_version(), **about, "settings": dataclasses.asdict(settings)}
+    measures: list[Measure] = []
+    try:
+        for measure in step_times.measure(settings):
+            measures.append(measure)
+            progress.print(f"{measure.precision}, {measure.name}" + (f" at {measure.context}" if measure.context else "")
+                           + f": {1e3 * measure.median:.3f} ms, first call {measure.timing.first_call:.1f} s",
+                           highlight=False, markup=False, soft_wrap=True)
+            if file:
+                _write(file, about | {"measures": [_entry(measure, about["bandwidth"]) for measure in measures]})
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"the device ran out of memory: {str(error).splitlines()[0]}; choose a lower precision, shorter "
+                        "--contexts or fewer --parts") from None
+    finally:
+        if measures:
+            _print(about, measures, console)
+    return measures
+
+
+def _print(about: Mapping[str, Any], measures: Sequence[Measure], console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    settings, bandwidth = about["settings"], about["bandwidth"]
+    say(f"{about['device']}, {'copies' if about['bandwidth_source'] == 'copy' else 'given as'} {bandwidth / 1e9:.0f} GB/s | "
+        f"jax {about['jax']}, Python {about['python']} | medians and 10th to 90th percentiles of {settings['runs']} runs "
+        f"({PREFILL_RUNS} of a prefill)")
+    for precision in dict.fromkeys(measure.precision for measure in measures):
+        mine = [measure for measure in measures if measure.precision == precision]
+        peaks = [measure.peak for measure in mine if measure.peak]
+        say(f"\n{about['shape']} at {precision}: weights and caches of {max(measure.held for measure in mine) / 1e9:.1f} GB"
+            + (f", at most {max(peaks) / 1e9:.1f} GB in use" if peaks else ""))
+        for context in sorted({measure.context for measure in mine}):
+            console.print(table(f"behind {context} tokens" if context else "prefill",
+                                [measure for measure in mine if measure.context == context], bandwidth))
+
+
+def table(title: str, measures: Sequence[Measure], bandwidth: float) -> Table:
+    """A row a figure; columns that have no value in any row are left out. `bandwidth` is in bytes a second."""
+    columns: dict[str, Callable[[Measure], str | None]] = {
+        "": lambda measure: measure.name,
+        "ms": lambda measure: f"{1e3 * measure.median:.3f}",
+        "spread": lambda measure: "{:.3f} to {:.3f}".format(*(1e3 * bound for bound in measure.spread)),
+        "tokens/s": lambda measure: f"{measure.rows / measure.median:.0f}" if measure.part == "prefill" else None,
+        "MB": lambda measure: f"{measure.moved / 1e6:.0f}",
+        "GB/s": lambda measure: f"{measure.moved / measure.median / 1e9:.0f}",
+        "floor, ms": lambda measure: f"{1e3 * measure.moved / bandwidth:.3f}",
+        "floor/time": lambda measure: f"{measure.moved / bandwidth / measure.median:.0%}",
+        "tokens a round": lambda measure: measure.accept_length and f"{measure.accept_length:.2f}",
+        "inner rounds": lambda measure: measure.inner_rounds and f"{measure.inner_rounds:.1f}",
+        "first call, s": lambda measure: f"{measure.timing.first_call:.1f}"}
+    result = Table(title=title, title_justify="left")
+    cells = {name: [show(measure) or NO_VALUE for measure in measures] for name, show in columns.items()}
+    shown = {name: values for name, values in cells.items() if any(value != NO_VALUE for value in values)}
+    for name in shown:
+        result.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in zip(*shown.values(), strict=True):
+        result.add_row(*row)
+    return result
+
+
+def _entry(measure: Measure, bandwidth: float) -> dict[str, Any]:
+    """Times in seconds, sizes in bytes, speeds in bytes a second."""
+    low, high = measure.spread
+    tokens = {"tokens_per_second": measure.rows / measure.median} if measure.part == "prefill" else {}
+    return {
+        "part": measure.part, "name": measure.name, "precision": measure.precision, "formats": measure.formats,
+        "method": measure.method, "context": measure.context, "rows": measure.rows,
+        "median": measure.median, "p10": low, "p90": high, **tokens,
+        "bytes": measure.moved, "achieved_bandwidth": measure.moved / measure.median,
+        "floor": measure.moved / bandwidth, "share_of_floor": measure.moved / bandwidth / measure.median,
+        "accept_length": measure.accept_length, "inner_rounds": measure.inner_rounds,
+        "first_call": measure.timing.first_call, "held_bytes": measure.held, "peak_bytes": measure.peak,
+        "steps_per_run": measure.timing.steps, "runs": list(measure.timing.seconds)}
+
+
+def _write(file: pathlib.Path, content: Mapping[str, Any]) -> None:
+    beside = file.with_name(file.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
+def _settings() -> Settings:
+    given = absl_flags.FLAGS
+    for flag in given.flags_by_module_dict()[flags.__name__]:
+        if flag.present and flag.name not in _SHARED:
+            raise UserError(f"--{flag.name} has no use here: models and heads are random, and of the shape that --shape names")
+    chosen = _chosen("methods", given.methods or ["baseline", "eagle2"], methods.NAMES)
+    precisions = tuple(formats.get(name).name for name in (given.precision or "w4a16").split(","))
+    drafting = Drafting(
+        tree=_tree(given.tree_depth, given.tree_top_k, given.tree_size, TreeConfig()), vocabulary=given.draft_vocab,
+        small=shape(given.draft_shape or small_shape(given.shape)),
+        precision=formats.get(given.draft_precision or "w4a16").name, length=given.draft_length,
+        inner=_tree(given.inner_depth, given.inner_top_k, given.inner_size, Drafting.inner),
+        min_length=given.min_draft_length or Drafting.min_length, model_start=given.draft_model_start)
+    return Settings(
+        config=shape(given.shape), precisions=precisions, methods=chosen, drafting=drafting,
+        parts=_chosen("parts", given.parts, PARTS), contexts=_counts("contexts"), rows=_counts("rows"),
+        prefill=_counts("prefill"), runs=given.runs, reproducible=given.reproducible)
+
+
+def _tree(depth: int | None, top_k: int | None, size: int | None, default: TreeConfig) -> TreeConfig:
+    """The default's size is cut to what the other two allow."""
+    depth, top_k = depth or default.depth, top_k or default.top_k
+    return TreeConfig(depth=depth, top_k=top_k, size=size or min(default.size, top_k + (depth - 1) * top_k**2 + 1))
+
+
+def _chosen(flag: str, found: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    for name in found:
+        if name not in known:
+            raise UserError(f"--{flag} names {name!r}, which is not known; choose of {', '.join(known)}")
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"--{flag}={','.join(found)} must name one or more of {', '.join(known)}, each once")
+    return tuple(found)
+
+
+def _counts(flag: str) -> tuple[int, ...]:
+    found = absl_flags.FLAGS[flag].value
+    if not found or not all(item.isdecimal() and int(item) > 0 for item in found):
+        raise UserError(f"--{flag}={','.join(found)} must list whole numbers above 0")
+    return tuple(dict.fromkeys(map(int, found)))
+
+
+def declare_flags() -> None:
+    """Declares the command's flags; not at import, where they would clash with those of other commands."""
+    for name in _SHARED:
+        absl_flags.declare_key_flag(name)
+    absl_flags.DEFINE_string("shape", "llama3-8b", f"Sizes of the target: {', '.join(SHAPES)}, or a directory with a "
+                             "Hugging Face config.json, of which only the sizes are read.")
+    absl_flags.DEFINE_string("draft_shape", None, "Sizes of the small model of methods spec and hier, given like --shape. "
+                             "Default: llama3-8b for llama3-70b, llama3-1b for llama3-8b, the target's own for others.")
+    absl_flags.DEFINE_list("parts", list(PARTS), "What to measure: verify, T_v(n); draft, each method's drafting; step, its "
+                           "verification and its whole rounds; prefill, tokens a second of prompts.")
+    absl_flags.DEFINE_list("contexts", ["512", "4096", "16384"], "Tokens in the cache before a step. One cache serves all.")
+    absl_flags.DEFINE_list("rows", "1,2,4,8,10,16,24,30,32,48,60,64".split(","), "n of T_v(n), the rows of a verification.")
+    absl_flags.DEFINE_list("prefill", ["128", "512", "2048", "8192"], "Tokens of the prompts whose prefill is timed, "
+                           f"{PREFILL_RUNS} runs each.")
+    absl_flags.DEFINE_integer("runs", 30, "Runs of each loop, of about 40 ms and at most 64 steps each; at least 30 make the "
+                              "spread mean something.", lower_bound=1)
+    absl_flags.DEFINE_integer("draft_vocab", None, "Tokens that an EAGLE head scores, as with a frequency-ranked vocabulary; 0 "
+                              "is all. Default: all for EAGLE-2, 32000 for EAGLE-3.", lower_bound=0)
+    absl_flags.DEFINE_integer("inner_depth", None, "Levels of the tree that drafts for hier's small model. Default: 3.",
+                              lower_bound=1)
+    absl_flags.DEFINE_integer("inner_top_k", None, "Candidates of each of its nodes, and nodes kept of each level. "
+                              "Default: 10.", lower_bound=1)
+    absl_flags.DEFINE_integer("inner_size", None, "Nodes of it that the small model verifies, the root counted. Default: 30, "
+                              "fewer where the other two allow no more.", lower_bound=2)
+    absl_flags.DEFINE_float("bandwidth", None, "Memory bandwidth of the floor, in GB/s, 1e9 bytes a second. Default: that of a "
+                            "large copy, bytes read and written.", lower_bound=1e-3)
+    absl_flags.DEFINE_string("json", None, "Also write all figures, and the times of every run, into this file, again behind "
+                             "each figure: times in seconds, sizes in bytes.")
+
+
+if __name__ == "__main__":
+    declare_flags()
+    errors.run(main)
