@@ -1,6 +1,7 @@
 """Makes a native checkpoint: python -m checkpoints_tools.convert SRC DST [--precision=NAME]
 
-SRC is a Hugging Face directory, a GPTQ v1 directory, a GGUF file, a native checkpoint, or a name on the Hugging Face hub.
+SRC is a Hugging Face directory, plain or quantised by GPTQ, AutoRound, compressed-tensors, QQQ, QServe or in SpecMQuant's
+Marlin layout, a GGUF file, a native checkpoint, or a name on the Hugging Face hub.
 Without --precision the checkpoint keeps the source's precision; GGUF's quantised types become fp16.
 """
 
@@ -28,7 +29,7 @@ from specmq_jax.checkpoint import (
     parameter_shapes,
 )
 from specmq_jax.errors import UserError
-from specmq_jax.formats import DenseFormat, GroupedInt4, Logical, Weight, WeightFormat
+from specmq_jax.formats import DenseFormat, Logical, Quantised, Weight, WeightFormat
 
 
 def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None) -> pathlib.Path:
@@ -63,7 +64,8 @@ def prepare(source: str | pathlib.Path) -> pathlib.Path:
     if reader.kind == "native":
         return reader.location
     key = hashlib.sha256(str(reader.location.resolve()).encode())
-    for file in (*reader.files, reader.location / "config.json"):
+    configs = (reader.location / name for name in ("config.json", "quantize_config.json"))
+    for file in (*reader.files, *configs):
         if file.exists():
             key.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     name = reader.location.resolve().stem if reader.location.is_file() else pathlib.Path(str(source)).resolve().name
@@ -123,7 +125,7 @@ def pack(path: str, logical: Logical, target: Formats) -> Weight:
         weight = np.asarray(logical).astype(target.embed.dtype)
     elif path.endswith("/scale"):
         weight = np.asarray(logical).astype(np.float32)
-    elif isinstance(logical, GroupedInt4):
+    elif isinstance(logical, Quantised):
         weight = target.of(path).pack(logical)
     else:
         weight = _pack_values(logical, target.of(path))

@@ -23,6 +23,9 @@ NEEDS = {
                 "need a GPU and were not run (python -m pytest -m gpu on one)"),
     "torch": Need(lambda: importlib.util.find_spec("torch") is not None, "PyTorch is not installed",
                   "need PyTorch and were not run (pip install 'specmq-jax[torch]')"),
+    "shared": Need((pathlib.Path(__file__).parents[2] / "shared" / "checkpoints").is_dir,
+                   "there is no ../shared/checkpoints beside the repository",
+                   "need the checkpoints of real toolkits in ../shared and were not run"),
 }
 
 

@@ -4,10 +4,15 @@ import pathlib
 
 from checkpoints_tools.readers import hub
 from checkpoints_tools.readers.base import Reader, Stored
+from checkpoints_tools.readers.compressed_tensors import open_compressed
 from checkpoints_tools.readers.gguf import GgufReader
-from checkpoints_tools.readers.gptq import GptqReader
-from checkpoints_tools.readers.hf import HuggingFaceReader
+from checkpoints_tools.readers.gptq import AUTO_ROUND, GptqReader
+from checkpoints_tools.readers.hf import HuggingFaceReader, open_tensors
+from checkpoints_tools.readers.marlin import MarlinReader, is_marlin
 from checkpoints_tools.readers.native import NativeReader
+from checkpoints_tools.readers.qqq import QqqReader
+from checkpoints_tools.readers.qserve import QoqReader, QServeInt8Reader
+from checkpoints_tools.readers.tensor_files import TensorFiles
 from specmq_jax import checkpoint
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
@@ -56,12 +61,36 @@ def _open_path(path: pathlib.Path) -> Reader:
 
 
 def _quantised_or_dense(path: pathlib.Path) -> Reader:
-    quantisation = read_json(path / "config.json").get("quantization_config")
+    """By config.json's quantization_config, or quantize_config.json beside it; without either by the tensors' names."""
+    config = read_json(path / "config.json")
+    quantisation = config.get("quantization_config") or config.get("compression_config")
     if quantisation is None and (path / "quantize_config.json").is_file():
         quantisation = read_json(path / "quantize_config.json")
+    tensors = open_tensors(path)
+    if not isinstance(quantisation, dict | None):
+        raise UserError(f"{path / 'config.json'} has a quantization_config that is not an object")
     if quantisation is None:
-        return HuggingFaceReader(path)
+        return _open_by_names(path, tensors)
     method = quantisation.get("quant_method") or quantisation.get("method") or "gptq"
-    if method != "gptq":
-        raise UserError(f"{path} is quantised by {method!r}; only 'gptq' is read")
-    return GptqReader(path, quantisation)
+    if method == "gptq" and is_marlin(tensors):
+        return MarlinReader(path, quantisation, tensors)
+    if method in ("gptq", *AUTO_ROUND):
+        return GptqReader(path, quantisation, tensors)
+    if method == "qqq":
+        return QqqReader(path, quantisation, tensors)
+    if method == "compressed-tensors":
+        return open_compressed(path, quantisation, tensors)
+    raise UserError(f"{path} is quantised by {method!r}; read are 'gptq', 'auto-round', 'qqq' and 'compressed-tensors', and "
+                    "QServe's files")
+
+
+def _open_by_names(path: pathlib.Path, tensors: TensorFiles) -> Reader:
+    parts = {name.rpartition(".")[2] for name in tensors.headers}
+    if "dequant_scale" in parts:
+        return QServeInt8Reader(path, tensors)
+    if {"qweight", "s1_scales"} <= parts:
+        return QoqReader(path, tensors)
+    if unknown := parts & {"qweight", "B", "weight_packed", "weight_scale"}:
+        raise UserError(f"{path} holds quantised weights ({unknown.pop()}), and config.json has no quantization_config that "
+                        "says how they were made")
+    return HuggingFaceReader(path, tensors)

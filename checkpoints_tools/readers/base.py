@@ -11,7 +11,7 @@ import numpy as np
 
 from specmq_jax.checkpoint import Formats, parameter_shapes
 from specmq_jax.config import LlamaConfig
-from specmq_jax.formats import GroupedInt4, Logical
+from specmq_jax.formats import Logical, Quantised
 
 Shape = tuple[int, ...]
 
@@ -121,9 +121,8 @@ def module_shapes(config: LlamaConfig, path: str, shape: Shape, holds: Callable[
 
 
 def _concatenate(parts: Sequence[Logical]) -> Logical:
-    if isinstance(parts[0], GroupedInt4):
-        return GroupedInt4(np.concatenate([part.q for part in parts], axis=1),
-                           np.concatenate([part.scales for part in parts], axis=1), parts[0].group_size)
+    if isinstance(parts[0], Quantised):
+        return type(parts[0]).beside(parts)
     return np.concatenate(parts, axis=1)
 
 

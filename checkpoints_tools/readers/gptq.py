@@ -1,8 +1,8 @@
-"""GPTQ v1 checkpoints (AutoGPTQ, GPTQModel): 4-bit symmetric weights in groups along the input.
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel) and AutoRound's: 4-bit symmetric weights in groups along the input.
 
 Layout: qweight i32[K / 8, N] holds q[k, n] in bits 4 (k % 8) of word k // 8; scales [groups, N]; qzeros
-i32[groups, N / 8] holds zero - 1 in the same way along N, so a symmetric weight has 7 everywhere; g_idx i32[K] gives the
-group of each row.
+i32[groups, N / 8] holds the zero points in the same way along N, less one in the first version of the layout, so that a
+symmetric weight has 7 everywhere in that one and 8 in the second; g_idx i32[K] gives the group of each row.
 """
 
 import pathlib
@@ -11,106 +11,85 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.readers.base import Shape, Stored
-from checkpoints_tools.readers.hf import HuggingFaceReader, dense_precision
-from specmq_jax import formats
-from specmq_jax.checkpoint import Formats
+from checkpoints_tools.readers import layouts
+from checkpoints_tools.readers.base import Shape
+from checkpoints_tools.readers.quantised import (
+    SCALE_TYPES,
+    GroupedReader,
+    Part,
+    check_bits,
+    check_divisible,
+    check_group_size,
+)
+from checkpoints_tools.readers.tensor_files import TensorFiles
 from specmq_jax.errors import UserError
-from specmq_jax.formats import GroupedInt4, Logical
 
-_SYMMETRIC = np.int32(0x77777777)
-_SCALE_TYPES = ("F16", "BF16", "F32")
+AUTO_ROUND = ("auto-round", "intel/auto-round")
+_ZEROS = {"gptq": 7, "gptq_v2": 8}
+_AUTO_ROUND_ZEROS = {"auto_round:auto_gptq": 7, "auto_round:gptq": 7, "auto_round:gptqmodel": 8, "auto_round": 8}
+"""What stands for a zero point of 8; the keys are Intel's packing formats (auto_round.inference.backend)."""
 
 
-class GptqReader(HuggingFaceReader):
-    """A Hugging Face directory whose layers' linear weights are GPTQ's.
+class GptqReader(GroupedReader):
+    """A Hugging Face directory whose layers' linear weights are GPTQ's or AutoRound's.
 
     Raises:
-      UserError: what `HuggingFaceReader` raises; bits other than 4, zero points other than 8, rows out of the order of
-        their groups (act-order), another layout than v1.
+      UserError: what `GroupedReader` raises; bits other than 4, zero points other than 8, another layout.
     """
 
-    kind = "GPTQ"
+    _main, _order_part = "qweight", "g_idx"
 
-    def __init__(self, directory: pathlib.Path, quantisation: Mapping[str, Any]):
-        self._group_size = _check_quantisation(directory, quantisation)
-        super().__init__(directory)
-        for module in self.stored:
-            if _is_quantised(module):
-                self._check_values(module)
+    def __init__(self, directory: pathlib.Path, quantisation: Mapping[str, Any], tensors: TensorFiles | None = None):
+        auto_round = quantisation.get("quant_method") in AUTO_ROUND
+        self.kind = "AutoRound" if auto_round else "GPTQ"
+        self._zero = _stored_zero(directory, quantisation, auto_round)
+        self._group_size = check_quantisation(directory, quantisation)
+        super().__init__(directory, tensors)
 
-    def _find_formats(self) -> Formats:
-        embed = dense_precision([self.stored["model.embed_tokens"].type])
-        head = self.stored.get("lm_head")
-        return Formats.named({"linear": f"w4a16-g{self._group_size}", "embed": embed,
-                              "head": dense_precision([head.type]) if head else embed})
+    def _parts(self, module: str, shape: Shape) -> Mapping[str, Part]:
+        check_divisible(module, shape, 8, 8)
+        (rows, columns), groups = shape, self._groups(shape[0])
+        return {"qweight": ((rows // 8, columns), ("I32",)), "scales": ((groups, columns), SCALE_TYPES),
+                "qzeros": ((groups, columns // 8), ("I32",))}
 
-    def _holds(self, module: str) -> bool:
-        return f"{module}.qweight" in self._tensors.headers
+    def _check_values(self) -> None:
+        super()._check_values()
+        expected = np.uint32(self._zero * 0x11111111)
+        for module in self._quantised:
+            if (self._tensors.read(f"{module}.qzeros").view(np.uint32) != expected).any():
+                raise UserError(f"{module}.qzeros holds zero points other than 8; only symmetric GPTQ weights (sym = true) "
+                                "are read")
 
-    def _groups(self, rows: int) -> int:
-        return 1 if self._group_size == -1 else -(-rows // self._group_size)
+    def _codes(self, module: str) -> np.ndarray:
+        return layouts.gptq_codes(self._tensors.read(f"{module}.qweight"))
 
-    def _check(self, module: str, shape: Shape) -> Stored:
-        if not _is_quantised(module):
-            return super()._check(module, shape)
-        rows, columns = shape
-        if rows % 8 or columns % 8:
-            raise UserError(f"{module} has shape {list(shape)}; GPTQ packs multiples of 8")
-        groups = self._groups(rows)
-        parts = {"qweight": ((rows // 8, columns), ("I32",)), "scales": ((groups, columns), _SCALE_TYPES),
-                 "qzeros": ((groups, columns // 8), ("I32",))}
-        headers = [self._tensors.header(f"{module}.{name}", *expected) for name, expected in parts.items()]
-        self._expected |= {f"{module}.{name}" for name in (*parts, "g_idx", "bias")}
-        return Stored(f"int4 {'per channel' if self._group_size == -1 else f'g{self._group_size}'}",
-                      sum(header.nbytes for header in headers))
-
-    def _check_values(self, module: str) -> None:
-        zeros = self._tensors.read(f"{module}.qzeros")
-        if (zeros != _SYMMETRIC).any():
-            raise UserError(f"{module}.qzeros holds zero points other than 8; only symmetric GPTQ weights (sym = true) "
-                            "are read")
-        if f"{module}.bias" in self._tensors.headers and self._tensors.read(f"{module}.bias").any():
-            raise UserError(f"{module}.bias is not zero; linear layers with a bias are not supported")
-        if f"{module}.g_idx" not in self._tensors.headers:
-            return
-        order = self._tensors.read(f"{module}.g_idx")
-        rows = self._tensors.headers[f"{module}.qweight"].shape[0] * 8
-        size = rows if self._group_size == -1 else self._group_size
-        if not np.array_equal(order, np.arange(rows) // size):
-            raise UserError(f"{module}.g_idx puts rows out of the order of their groups (desc_act without static_groups);"
-                            " quantise with desc_act = false or static_groups = true")
-
-    def _read_module(self, module: str) -> Logical:
-        if not _is_quantised(module):
-            return super()._read_module(module)
-        q = unpack_rows(self._tensors.read(f"{module}.qweight"))
-        return GroupedInt4(q, self._tensors.read(f"{module}.scales"), self._group_size)
+    def _scales(self, module: str) -> np.ndarray:
+        return self._tensors.read(f"{module}.scales")
 
 
-def unpack_rows(qweight: np.ndarray) -> np.ndarray:
-    """uint8[K, N] of i32[K / 8, N]: row k is bits 4 (k % 8) of word k // 8."""
-    words, columns = qweight.shape
-    q = np.empty((words, 8, columns), np.uint8)
-    for i in range(8):
-        q[:, i] = (qweight >> (4 * i)) & 15
-    return q.reshape(words * 8, columns)
-
-
-def _is_quantised(module: str) -> bool:
-    return module.endswith("_proj")
-
-
-def _check_quantisation(directory: pathlib.Path, quantisation: Mapping[str, Any]) -> int:
-    layout = quantisation.get("checkpoint_format") or quantisation.get("format") or "gptq"
-    if layout != "gptq":
-        raise UserError(f"{directory} has GPTQ checkpoint_format {layout!r}; only 'gptq' (v1) is read")
-    if quantisation.get("bits") != 4:
-        raise UserError(f"{directory} is quantised to {quantisation.get('bits')!r} bits; only 4 are supported")
+def check_quantisation(directory: pathlib.Path, quantisation: Mapping[str, Any]) -> int:
+    """The group size of a GPTQ or AutoRound configuration; one that is not read is a `UserError`."""
+    check_bits(directory, quantisation.get("bits"))
     if not quantisation.get("sym", True):
         raise UserError(f"{directory} is quantised with sym = false; only symmetric GPTQ weights are read")
-    group_size = quantisation.get("group_size", -1)
-    known = [f.group_size for f in map(formats.get, formats.names()) if hasattr(f, "group_size")]
-    if group_size not in known:
-        raise UserError(f"{directory} has GPTQ group_size {group_size!r}; supported are {', '.join(map(str, known))}")
-    return group_size
+    for key in ("dynamic", "extra_config"):
+        for module, settings in (quantisation.get(key) or {}).items():
+            bits = (settings or {}).get("bits", 4)
+            if bits != 4 and "lm_head" not in module:
+                raise UserError(f"{directory} quantises {module} to {bits!r} bits and other weights to 4 ({key}); models of "
+                                "mixed precisions are not read")
+    activation_bits = quantisation.get("act_bits") or 16
+    if activation_bits < 16:
+        raise UserError(f"{directory} is made for {activation_bits}-bit activations; GPTQ's layout is read for 16 bits only")
+    return check_group_size(directory, quantisation.get("group_size", -1))
+
+
+def _stored_zero(directory: pathlib.Path, quantisation: Mapping[str, Any], auto_round: bool) -> int:
+    if auto_round:
+        key, known, layout = "packing_format", _AUTO_ROUND_ZEROS, quantisation.get("packing_format", "auto_round:auto_gptq")
+    else:
+        key, known = "checkpoint_format", _ZEROS
+        layout = quantisation.get("checkpoint_format") or quantisation.get("format") or "gptq"
+    if layout not in known:
+        raise UserError(f"{directory} has {key} {layout!r}; read are {', '.join(map(repr, known))}")
+    return known[layout]

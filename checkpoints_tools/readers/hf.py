@@ -9,6 +9,8 @@ import numpy as np
 
 from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
 from checkpoints_tools.readers.safetensors_files import SafetensorsFiles
+from checkpoints_tools.readers.tensor_files import TensorFiles
+from checkpoints_tools.readers.torch_files import TorchFiles, find_torch_files
 from specmq_jax.checkpoint import Formats
 from specmq_jax.config import LlamaConfig, read_json
 from specmq_jax.errors import UserError
@@ -20,8 +22,21 @@ _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _GENERATED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
 
 
+def open_tensors(directory: pathlib.Path) -> TensorFiles:
+    """The tensors of a directory, whose pickled files are looked at where it has no safetensors file.
+
+    Raises:
+      UserError: what `SafetensorsFiles` and `TorchFiles` raise.
+    """
+    if not any(directory.glob("*.safetensors*")) and find_torch_files(directory):
+        return TorchFiles(directory)
+    return SafetensorsFiles(directory)
+
+
 class HuggingFaceReader(ModuleReader):
     """A directory as transformers' `save_pretrained` writes it, in fp32, fp16 or bf16.
+
+    `tensors` are the directory's, where they have been opened.
 
     Raises:
       UserError: an unsupported architecture; a file or tensor that is missing, truncated, unknown or misshapen.
@@ -29,28 +44,34 @@ class HuggingFaceReader(ModuleReader):
 
     kind = "Hugging Face"
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, tensors: TensorFiles | None = None):
         self.location = directory
         config = read_json(directory / "config.json")
         self.config = {key: value for key, value in config.items() if key != "quantization_config"}
         self.llama = LlamaConfig.from_hf(config)
-        self._tensors = SafetensorsFiles(directory)
+        self._tensors = tensors or open_tensors(directory)
         self.files = self._tensors.files
         self.tokenizer = find_tokenizer(directory)
         self._expected: set[str] = set()
         self._locate()
         self._refuse_unknown_tensors()
+        self._check_values()
         self.formats = self._find_formats()
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         copy_tokenizer(self.location, directory)
 
+    def _check_values(self) -> None:
+        """What can't be told from the headers."""
+
     def _find_formats(self) -> Formats:
         embed = dense_precision([self.stored["model.embed_tokens"].type])
         head = self.stored.get("lm_head")
-        linears = (stored.type for module, stored in self.stored.items() if module.endswith("_proj"))
-        return Formats.named({"linear": dense_precision(linears), "embed": embed,
+        return Formats.named({"linear": self._linear_format(), "embed": embed,
                               "head": dense_precision([head.type]) if head else embed})
+
+    def _linear_format(self) -> str:
+        return dense_precision(stored.type for module, stored in self.stored.items() if module.endswith("_proj"))
 
     def _holds(self, module: str) -> bool:
         return f"{module}.weight" in self._tensors.headers

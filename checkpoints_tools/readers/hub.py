@@ -10,7 +10,8 @@ from checkpoints_tools.readers.hf import TOKENIZER_FILES
 from specmq_jax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = ["config.json", "quantize_config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+_FILES = ["config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+_PICKLED = ["quant_model.pt", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def is_hub_name(source: str) -> bool:
@@ -25,7 +26,10 @@ def download(name: str) -> pathlib.Path:
       UserError: no such repository, no access to it, or no network.
     """
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+        path = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+        if any(path.glob("*.safetensors")):
+            return path
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *_PICKLED]))
     except errors.GatedRepoError:
         raise UserError(f"{name} on the Hugging Face hub asks for consent; accept its terms there and log in with "
                         "`hf auth login`") from None

@@ -6,89 +6,66 @@ import math
 import pathlib
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from specmq_jax.config import read_json
+from checkpoints_tools.readers.tensor_files import DTYPES, TensorFiles, TensorHeader, indexed_files
 from specmq_jax.errors import UserError
 
-_INDEX = "model.safetensors.index.json"
+_PREFERRED = ("model.safetensors", "model_gptq.safetensors")
 _MOST_HEADER_BYTES = 100 << 20
-_DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-           "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorHeader:
-    """Where a tensor lies: `type` is safetensors' name of its dtype, `offset` counts bytes from the file's start."""
+class SafetensorsHeader(TensorHeader):
+    """Also where a tensor lies: `offset` counts bytes from the file's start."""
 
     file: pathlib.Path
-    type: str
-    shape: tuple[int, ...]
     offset: int
-    nbytes: int
 
 
-class SafetensorsFiles:
+class SafetensorsFiles(TensorFiles):
     """The tensors of a directory by name.
 
     Raises:
       UserError: no safetensors file, several without an index, a missing, truncated or malformed one.
     """
 
+    headers: dict[str, SafetensorsHeader]
+
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
         self.files = _weight_files(directory)
-        self.headers: dict[str, TensorHeader] = {}
+        self.headers = {}
         for file in self.files:
             self.headers |= _read_header(file)
-
-    def header(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> TensorHeader:
-        """The header of a tensor that must have this shape and one of these types, else a `UserError`."""
-        if name not in self.headers:
-            raise UserError(f"{self.directory} lacks the tensor {name}")
-        found = self.headers[name]
-        if found.shape != shape:
-            raise UserError(f"tensor {name} has shape {list(found.shape)}; config.json asks for {list(shape)}")
-        if found.type not in types:
-            raise UserError(f"tensor {name} has type {found.type}; expected {' or '.join(types)}")
-        return found
 
     def read(self, name: str) -> np.ndarray:
         """One tensor. It is read, not mapped, so that a large model's pages do not stay resident."""
         header = self.headers[name]
         try:
-            values = np.fromfile(header.file, _DTYPES[header.type], math.prod(header.shape), offset=header.offset)
+            values = np.fromfile(header.file, DTYPES[header.type], math.prod(header.shape), offset=header.offset)
         except OSError as error:
             raise UserError(f"tensor {name} of {header.file} can't be read: {error.strerror}") from None
         return values.reshape(header.shape)
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    if (directory / _INDEX).exists():
-        weight_map = read_json(directory / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{directory / _INDEX} has no weight_map")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{file} is missing; {_INDEX} names it")
-        return files
+    indices = sorted(directory.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return indexed_files(indices[0])
     files = sorted(directory.glob("*.safetensors"))
-    if directory / "model.safetensors" in files:
-        return [directory / "model.safetensors"]
+    for name in _PREFERRED:
+        if directory / name in files:
+            return [directory / name]
     if len(files) > 1:
-        raise UserError(f"{directory} holds {len(files)} safetensors files and no {_INDEX} to say what belongs together")
+        raise UserError(f"{directory} holds {len(files)} safetensors files and no model.safetensors.index.json to say what "
+                        "belongs together")
     if not files:
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-        if pickled:
-            raise UserError(f"{directory} holds pickled weights ({pickled[0]}), which are not read because they can run "
-                            "code; save the model as safetensors")
-        raise UserError(f"{directory} holds no weights: no *.safetensors file")
+        raise UserError(f"{directory} holds no weights: no *.safetensors file, quant_model.pt or pytorch_model.bin")
     return files
 
 
-def _read_header(path: pathlib.Path) -> dict[str, TensorHeader]:
+def _read_header(path: pathlib.Path) -> dict[str, SafetensorsHeader]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -109,9 +86,9 @@ def _read_header(path: pathlib.Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def _tensor_header(path: pathlib.Path, data: int, entry: dict[str, Any]) -> TensorHeader:
+def _tensor_header(path: pathlib.Path, data: int, entry: dict[str, Any]) -> SafetensorsHeader:
     begin, end = entry["data_offsets"]
-    header = TensorHeader(path, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
-    if header.type in _DTYPES and header.nbytes != math.prod(header.shape) * _DTYPES[header.type].itemsize:
+    header = SafetensorsHeader(entry["dtype"], tuple(entry["shape"]), end - begin, path, data + begin)
+    if header.type in DTYPES and header.nbytes != math.prod(header.shape) * DTYPES[header.type].itemsize:
         raise ValueError("offsets do not fit the shape")
     return header

@@ -11,6 +11,8 @@ from specmq_jax.checkpoint import parameter_shapes
 from specmq_jax.config import LlamaConfig
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
+SHARED = pathlib.Path(__file__).parents[3] / "shared" / "checkpoints"
+"""What real toolkits wrote; beside the repository where it is developed, not in it."""
 TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 64,
         "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 16, "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "tie_word_embeddings": False,

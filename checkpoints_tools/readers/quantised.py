@@ -1,0 +1,198 @@
+"""What the readers of quantised Hugging Face directories share."""
+
+import abc
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int32
+
+from checkpoints_tools.readers.base import Shape, Stored
+from checkpoints_tools.readers.hf import HuggingFaceReader
+from specmq_jax import formats
+from specmq_jax.errors import UserError
+from specmq_jax.formats import GroupedInt4, Int4GroupFormat, Logical
+
+SCALE_TYPES = ("F16", "BF16", "F32")
+Part = tuple[Shape, tuple[str, ...]]
+"""The shape of a tensor and the types it may have."""
+
+
+class QuantisedReader(HuggingFaceReader):
+    """A Hugging Face directory whose layers' linear weights are integers with scales, in several tensors a module.
+
+    Raises:
+      UserError: what `HuggingFaceReader` raises; a weight that is not quantised beside ones that are; a bias.
+    """
+
+    _main: str
+    """The tensor that tells that a module is quantised."""
+    _type: str
+    """What the files hold, in words."""
+
+    @abc.abstractmethod
+    def _parts(self, module: str, shape: Shape) -> Mapping[str, Part]:
+        """The tensors of a module by the last part of their names."""
+
+    @abc.abstractmethod
+    def _read_integers(self, module: str) -> Logical:
+        """A quantised module's logical weight."""
+
+    def _optional_parts(self, module: str, shape: Shape) -> Mapping[str, Part]:
+        """Tensors that a module may have."""
+        return {}
+
+    def _leftovers(self, module: str) -> Iterable[str]:
+        """Names of tensors that are ignored where they are empty."""
+        return ()
+
+    def _holds(self, module: str) -> bool:
+        return f"{module}.{self._main}" in self._tensors.headers
+
+    @property
+    def _quantised(self) -> Iterable[str]:
+        return filter(is_quantised, self.stored)
+
+    def _check(self, module: str, shape: Shape) -> Stored:
+        if not is_quantised(module):
+            return super()._check(module, shape)
+        if not self._holds(module) and f"{module}.weight" in self._tensors.headers:
+            raise UserError(f"{self.location} holds {module} as plain values, not as {self._type}; models of mixed precisions "
+                            "are not read")
+        headers = []
+        for name, expected in self._parts(module, shape).items():
+            headers.append(self._tensors.header(f"{module}.{name}", *expected))
+            self._expected.add(f"{module}.{name}")
+        optional = {"bias": ((shape[1],), SCALE_TYPES), **self._optional_parts(module, shape)}
+        for name, expected in optional.items():
+            if f"{module}.{name}" in self._tensors.headers:
+                headers.append(self._tensors.header(f"{module}.{name}", *expected))
+                self._expected.add(f"{module}.{name}")
+        self._expected |= {name for name in self._leftovers(module)
+                           if name in self._tensors.headers and 0 in self._tensors.headers[name].shape}
+        return Stored(self._type, sum(header.nbytes for header in headers))
+
+    def _check_values(self) -> None:
+        for module in self._quantised:
+            if f"{module}.bias" in self._tensors.headers and self._tensors.read(f"{module}.bias").any():
+                raise UserError(f"{module}.bias is not zero; linear layers with a bias are not supported")
+
+    def _read_module(self, module: str) -> Logical:
+        return self._read_integers(module) if is_quantised(module) else super()._read_module(module)
+
+
+class GroupedReader(QuantisedReader):
+    """4-bit symmetric weights in groups along the input, whose rows may be out of the order of their groups (act-order).
+
+    Then rows are sorted by group, and the weight carries the order, by which its product takes the inputs: nothing is
+    quantised again.
+
+    Attributes:
+      _group_size: rows that share a scale, -1 for all.
+      _order_part: the tensor i32[K] that gives each row's group.
+    """
+
+    _group_size: int
+    _order_part: str
+
+    @property
+    def _type(self) -> str:
+        return f"int4 {'per channel' if self._group_size == -1 else f'g{self._group_size}'}"
+
+    @abc.abstractmethod
+    def _codes(self, module: str) -> np.ndarray:
+        """uint8[K, N] in the file's order of rows."""
+
+    @abc.abstractmethod
+    def _scales(self, module: str) -> np.ndarray:
+        """[groups, N]."""
+
+    def _groups(self, rows: int) -> int:
+        return 1 if self._group_size == -1 else -(-rows // self._group_size)
+
+    def _optional_parts(self, module: str, shape: Shape) -> Mapping[str, Part]:
+        return {self._order_part: ((shape[0],), ("I32", "I64"))}
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        self._orders = {module: self._find_order(module) for module in self._quantised}
+        for modules in self._modules.values():
+            first, *others = modules
+            for other in others:
+                if not _same_order(self._orders.get(first), self._orders.get(other)):
+                    raise UserError(f"{first} and {other} read the same inputs in different orders ({self._order_part}); they "
+                                    "can't be multiplied as one; quantise with desc_act = false or static_groups = true")
+
+    def _find_order(self, module: str) -> Int32[np.ndarray, "K"] | None:
+        name = f"{module}.{self._order_part}"
+        if name not in self._tensors.headers or self._group_size == -1:
+            return None
+        return row_order(name, self._tensors.read(name), self._group_size)
+
+    @property
+    def _act_order(self) -> bool:
+        return any(order is not None for order in self._orders.values())
+
+    def _linear_format(self) -> str:
+        return f"w4a16-g{self._group_size}" + ("-act-order" if self._act_order else "")
+
+    def _read_integers(self, module: str) -> GroupedInt4:
+        q, scales, order = self._codes(module), halves(self._scales(module)), self._orders[module]
+        if order is not None:
+            q = q[order]
+        elif self._act_order:
+            order = np.arange(len(q), dtype=np.int32)
+        return GroupedInt4(q, scales, self._group_size, order)
+
+
+def row_order(name: str, groups: Int32[np.ndarray, "K"], group_size: int) -> Int32[np.ndarray, "K"] | None:
+    """The rows sorted by group, None where they are so already.
+
+    Raises:
+      UserError: a group that does not exist, or one of another size.
+    """
+    expected = np.arange(len(groups)) // group_size
+    if np.array_equal(groups, expected):
+        return None
+    if groups.min() < 0 or groups.max() > expected[-1]:
+        wrong = groups[(groups < 0) | (groups > expected[-1])][0]
+        raise UserError(f"{name} puts a row into group {wrong}; expected 0 to {expected[-1]}")
+    counts, wanted = np.bincount(groups, minlength=expected[-1] + 1), np.bincount(expected)
+    if not np.array_equal(counts, wanted):
+        group = int(np.flatnonzero(counts != wanted)[0])
+        raise UserError(f"{name} puts {counts[group]} rows into group {group}; expected {wanted[group]}")
+    return np.argsort(groups, kind="stable").astype(np.int32)
+
+
+def halves(scales: np.ndarray) -> Float[np.ndarray, "..."]:
+    """Scales of f16 as they are, others in f32."""
+    return scales if scales.dtype == np.float16 else scales.astype(np.float32)
+
+
+def is_quantised(module: str) -> bool:
+    """Whether quantised checkpoints quantise a module of that name."""
+    return module.endswith("_proj")
+
+
+def check_divisible(module: str, shape: Shape, rows: int, columns: int) -> None:
+    """Refuses sizes that a layout has no place for."""
+    if shape[0] % rows or shape[1] % columns:
+        raise UserError(f"{module} has shape {list(shape)}; its layout holds multiples of [{rows}, {columns}]")
+
+
+def check_bits(directory: pathlib.Path, bits: Any) -> None:
+    if bits != 4:
+        raise UserError(f"{directory} is quantised to {bits!r} bits; only 4 are supported")
+
+
+def check_group_size(directory: pathlib.Path, group_size: Any) -> int:
+    """The group size, if W4A16 knows it."""
+    known = sorted(f.group_size for f in map(formats.get, formats.names()) if isinstance(f, Int4GroupFormat))
+    if group_size not in known:
+        raise UserError(f"{directory} has group_size {group_size!r}; supported are {', '.join(map(str, known))}")
+    return group_size
+
+
+def _same_order(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))

@@ -1,0 +1,66 @@
+"""Tensors of a Hugging Face directory by name, whatever kind of file holds them."""
+
+import abc
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from specmq_jax.config import read_json
+from specmq_jax.errors import UserError
+
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+          "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
+"""NumPy's dtypes by safetensors' names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorHeader:
+    """A tensor's shape, its bytes, and safetensors' name of its dtype."""
+
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class TensorFiles(abc.ABC):
+    """The tensors of a directory by name, one read at a time.
+
+    Attributes:
+      files: that hold them.
+      headers: known without reading a tensor's values.
+    """
+
+    directory: pathlib.Path
+    files: Sequence[pathlib.Path]
+    headers: dict[str, TensorHeader]
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+
+    def header(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> TensorHeader:
+        """The header of a tensor that must have this shape and one of these types, else a `UserError`."""
+        if name not in self.headers:
+            raise UserError(f"{self.directory} lacks the tensor {name}")
+        found = self.headers[name]
+        if found.shape != shape:
+            raise UserError(f"tensor {name} has shape {list(found.shape)}; config.json asks for {list(shape)}")
+        if found.type not in types:
+            raise UserError(f"tensor {name} has type {found.type}; expected {' or '.join(types)}")
+        return found
+
+
+def indexed_files(index: pathlib.Path) -> list[pathlib.Path]:
+    """The files that a *.index.json names, each of which must be there, else a `UserError`."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {index.name} names it")
+    return files

@@ -1,0 +1,84 @@
+"""Tensors of PyTorch's pickled files (quant_model.pt, pytorch_model.bin), which are never allowed to run code."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools.readers.tensor_files import DTYPES, TensorFiles, TensorHeader, indexed_files
+from specmq_jax.errors import UserError
+
+_INDEX = "pytorch_model.bin.index.json"
+_PREFERRED = ("quant_model.pt", "pytorch_model.bin")
+_PATTERNS = ("*.bin", "*.pt")
+_BFLOAT16 = DTYPES["BF16"]
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+          "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+
+
+class TorchFiles(TensorFiles):
+    """The tensors of a directory by name; the files are mapped, so that a tensor is in memory only when it is read.
+
+    Raises:
+      UserError: PyTorch is not installed; several files of which none has a known name; a damaged file, or one that holds
+        more than tensors.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self.files = find_torch_files(directory)
+        self._tensors: dict[str, Any] = {}
+        for file in self.files:
+            self._tensors |= _load(file)
+        self.headers = {name: _header(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16).copy()
+        return tensor.numpy().copy()
+
+
+def find_torch_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The pickled weight files of a directory, none if it has none; a `UserError` where it is unclear which ones."""
+    if (directory / _INDEX).is_file():
+        return indexed_files(directory / _INDEX)
+    files = sorted(file for pattern in _PATTERNS for file in directory.glob(pattern))
+    for name in _PREFERRED:
+        if directory / name in files:
+            return [directory / name]
+    if len(files) > 1:
+        raise UserError(f"{directory} holds {len(files)} pickled files ({', '.join(file.name for file in files)}); expected "
+                        f"one, or one of the name {' or '.join(_PREFERRED)}")
+    return files
+
+
+def _load(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{file} needs PyTorch: pip install 'specmq-jax[torch]', or save the model as safetensors") from None
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
+        if isinstance(error, PermissionError):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{file} can't be loaded as plain tensors, and nothing else is loaded because a pickle can run code: "
+                        f"{reason.splitlines()[0][:160]}") from None
+    if not isinstance(loaded, dict) or not all(_is_plain(key, value) for key, value in loaded.items()):
+        raise UserError(f"{file} can't be loaded as plain tensors: expected names with a tensor each")
+    return loaded
+
+
+def _is_plain(key: Any, value: Any) -> bool:
+    import torch
+
+    return isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
+def _header(tensor: Any) -> TensorHeader:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return TensorHeader(_TYPES.get(name, name), tuple(tensor.shape), tensor.numel() * tensor.element_size())
