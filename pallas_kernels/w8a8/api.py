@@ -3,42 +3,51 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.w8a8 import reference
+from pallas_kernels import launch
+from pallas_kernels.w8a8 import kernel, reference
 
 
-def quantise_rows(x: Float[Array, "M K"]) -> tuple[Int8[Array, "M K"], Float[Array, "M"]]:
+def quantise_rows(x: Float[Array, "M K"], *, implementation: str | None = None
+                  ) -> tuple[Int8[Array, "M K"], Float[Array, "M"]]:
     """Symmetric 8-bit codes of each row and its scale, its largest magnitude / 127 (Xiao et al., arXiv:2211.10438).
 
     A row times a positive factor has the same codes and that factor in its scale, up to the factor's own rounding.
 
     Args:
       x: f16, bf16 or f32 [M, K]; finite.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
       Codes int8[M, K], rounded half to even, and scales f32[M]; a row of zeros has codes and scale zero.
 
     Raises:
-      ValueError: x of another shape or dtype.
+      ValueError: x of another shape or dtype, or an unknown implementation.
     """
     if x.ndim != 2 or 0 in x.shape or x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float16, bfloat16 or float32 [M, K]")
-    return reference.quantise_rows(x)
+    chosen = launch.choose(implementation)
+    return reference.quantise_rows(x) if chosen == "reference" else kernel.quantise_rows(x, interpret=chosen == "interpret")
 
 
-def matmul(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"], scales: Float[Array, "N"]
-           ) -> Float[Array, "M N"]:
-    """q @ values^T, exact in int32, times both scales in f32.
+def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"],
+                    scales: Float[Array, "N"], *, config: kernel.Config | None = None, implementation: str | None = None
+                    ) -> Float[Array, "S M N"]:
+    """q @ values^T times both scales, as split-K partial products whose sum over S is the product.
+
+    A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only.
 
     Args:
       q, row_scales: from `quantise_rows`.
       values: int8[N, K], a row for each output.
       scales: f32[N].
+      config: how the kernel is cut; default the tuned table of this device, then a heuristic.
+      implementation: as in `quantise_rows`. The kernel takes up to 64 rows; the reference multiplies more.
 
     Returns:
-      f32[M, N].
+      f32[S, M, N].
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other.
+      ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
     """
     if q.ndim != 2 or q.dtype != jnp.int8 or row_scales.shape != q.shape[:1] or row_scales.dtype != jnp.float32:
         raise ValueError(f"q is {q.dtype}{list(q.shape)} with scales {row_scales.dtype}{list(row_scales.shape)}; expected "
@@ -47,4 +56,15 @@ def matmul(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Ar
         raise ValueError(f"values are {values.dtype}{list(values.shape)}; expected int8[N, {q.shape[1]}]")
     if scales.shape != values.shape[:1] or scales.dtype != jnp.float32:
         raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float32[{values.shape[0]}]")
-    return reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None]
+    chosen, (rows, inner), outputs = launch.choose(implementation), q.shape, values.shape[0]
+    if chosen == "reference" or rows > kernel.MAX_ROWS:
+        return (reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None])[None]
+    if config is None:
+        fields = launch.tuned("w8a8", tuning_key(rows, inner, outputs))
+        config = kernel.Config(**fields) if fields else kernel.heuristic(inner, outputs)
+    return kernel.matmul_partials(q, row_scales, values, scales, config=config, interpret=chosen == "interpret")
+
+
+def tuning_key(rows: int, inner: int, outputs: int) -> str:
+    """What a tuned table calls [rows, inner] @ [inner, outputs]; rows up to the same power of two share a config."""
+    return f"{inner}x{outputs}/m{max(8, launch.power_of_two(rows))}"

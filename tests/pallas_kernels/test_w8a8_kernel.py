@@ -1,0 +1,98 @@
+"""Rows rounded to 8 bits, and their products with 8-bit weights, against numpy's integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import IMPLEMENTATIONS
+from lowering import cuda_text, launches
+
+from pallas_kernels.w8a8 import Config, matmul_partials, quantise_rows
+
+LLAMA_8B = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
+SMOLLM = [(576, 960), (576, 576), (576, 3072), (1536, 576)]
+
+
+def problem(rows: int, inner: int, outputs: int):
+    rng = np.random.default_rng([rows, inner, outputs])
+    q = rng.integers(-127, 128, (rows, inner)).astype(np.int8)
+    values = rng.integers(-128, 128, (outputs, inner)).astype(np.int8)
+    row_scales, scales = (rng.uniform(0.01, 0.1, size).astype(np.float32) for size in (rows, outputs))
+    # in the order of the product's definition, each step in f32
+    exact = q.astype(np.int64) @ values.astype(np.int64).T
+    return tuple(map(jnp.asarray, (q, row_scales, values, scales))), exact.astype(np.float32) * scales * row_scales[:, None]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(1, 576, 40), (7, 130, 33), (60, 256, 64), (65, 96, 20)])
+def test_an_unsplit_product_is_exact(shape, implementation):
+    operands, expected = problem(*shape)
+    found = matmul_partials(*operands, config=Config(block_n=32, block_k=64), implementation=implementation)
+    assert found.shape == (1, *expected.shape)
+    np.testing.assert_array_equal(found[0], expected)
+
+
+@pytest.mark.parametrize("config", [Config(block_n=16, block_k=32, split_k=3), Config(split_k=2, num_warps=1), None])
+def test_shares_add_up_to_the_product(config):
+    operands, expected = problem(5, 1000, 48)
+    partials = matmul_partials(*operands, config=config, implementation="interpret")
+    np.testing.assert_allclose(partials.sum(0), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_rows_are_rounded_half_to_even(dtype, implementation):
+    x = np.random.default_rng(0).normal(size=(6, 300)).astype(np.float32)
+    x[2] = 0
+    x[3] = np.arange(300) / 2 - 75  # its largest value is 75, which is no code's half step
+    x[4, :4] = 127, 0.5, 1.5, -2.5
+    x[4, 4:] = 0
+    x = jnp.asarray(x, dtype)
+    codes, scales = quantise_rows(x, implementation=implementation)
+    values = np.asarray(x, np.float32)
+    largest = np.abs(values).max(1)
+    steps = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest != 0)
+    np.testing.assert_array_equal(codes, np.rint(values * steps[:, None]))
+    np.testing.assert_array_equal(codes[4, :4], [127, 0, 2, -2])
+    np.testing.assert_allclose(scales, largest / 127, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM + [(130, 17)])
+def test_each_lowers_to_one_launch(inner, outputs):
+    avals = (jax.ShapeDtypeStruct((30, inner), jnp.int8), jax.ShapeDtypeStruct((30,), jnp.float32),
+             jax.ShapeDtypeStruct((outputs, inner), jnp.int8), jax.ShapeDtypeStruct((outputs,), jnp.float32))
+    assert launches(cuda_text(lambda *operands: matmul_partials(*operands, implementation="kernel"), *avals)) == 1
+    x = jax.ShapeDtypeStruct((30, inner), jnp.float16)
+    assert launches(cuda_text(lambda x: quantise_rows(x, implementation="kernel"), x)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM)
+@pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128])
+def test_real_sizes_on_gpu(rows, inner, outputs):
+    operands, expected = problem(rows, inner, outputs)
+    np.testing.assert_array_equal(matmul_partials(*operands, config=Config(), implementation="kernel")[0], expected)
+    partials = matmul_partials(*operands, implementation="kernel")
+    np.testing.assert_allclose(partials.sum(0), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    x = jax.random.normal(jax.random.key(rows), (rows, inner), jnp.float16)
+    for found, wanted in zip(quantise_rows(x, implementation="kernel"), quantise_rows(x, implementation="reference"),
+                             strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_names_the_offending_array():
+    (q, row_scales, values, scales), _ = problem(2, 64, 16)
+    with pytest.raises(ValueError, match=r"values are int8\[16, 32\]; expected int8\[N, 64\]"):
+        matmul_partials(q, row_scales, values[:, :32], scales)
+    with pytest.raises(ValueError, match=r"scales are float32\[15\]; expected float32\[16\]"):
+        matmul_partials(q, row_scales, values, scales[:15])
+    with pytest.raises(ValueError, match=r"q is int8\[2, 64\] with scales float32\[1\]"):
+        matmul_partials(q, row_scales[:1], values, scales)
+    with pytest.raises(ValueError, match=r"x is int8\[2, 64\]; expected float16"):
+        quantise_rows(q)
+
+
+@pytest.mark.parametrize("fields", [{"block_n": 24}, {"block_k": 16}, {"split_k": 0}])
+def test_config_names_the_offending_field(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} is {next(iter(fields.values()))}; expected"):
+        Config(**fields)
