@@ -66,9 +66,7 @@ def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales
     the bits of a row are the same for every number of rows up to `kernel.MAX_ROWS`; more rows give other bits, which
     depend on the shapes alone. `config` is then left out. The reference promises no bits.
     """
-    if reproducible:
-        return _reproducible_partials(x, packed, scales, group_size, implementation)
-    return _partials(x, packed, scales, group_size, None, config, implementation)
+    return _partials(x, packed, scales, group_size, None, config, implementation, reproducible=reproducible)
 
 
 def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
@@ -77,8 +75,8 @@ def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
 
 
 def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], group_size: int,
-              unsplit_dtype: jnp.dtype | None, config: kernel.Config | None, implementation: str | None
-              ) -> Float[Array, "S M N"]:
+              unsplit_dtype: jnp.dtype | None, config: kernel.Config | None, implementation: str | None, *,
+              reproducible: bool = False) -> Float[Array, "S M N"]:
     """Partial sums in f32, except that an unsplit product of the kernel is in `unsplit_dtype` where that is given."""
     _check(x, packed, scales, group_size)
     chosen = launch.choose(implementation)
@@ -87,8 +85,13 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Floa
     rows, inner = x.shape
     if rows > kernel.MAX_ROWS or x.dtype == jnp.float32:
         weights = reference.dequantise(packed, scales, inner, group_size).astype(x.dtype)
+        if reproducible:
+            return dense.matmul_partials(x, weights, implementation=implementation)
         precision = "highest" if x.dtype == jnp.float32 else None
         return jnp.dot(x, weights, preferred_element_type=jnp.float32, precision=precision)[None]
+    if reproducible:
+        # The largest tree's config for all: one instruction, which adds up in one order whatever the number of rows.
+        config = dataclasses.replace(_config(kernel.MAX_ROWS, inner, packed.shape[1], group_size), least_rows=16)
     config = config or _config(rows, inner, packed.shape[1], group_size)
     dtype = unsplit_dtype if unsplit_dtype and kernel.shares(inner, config) == 1 else jnp.float32
     return kernel.matmul_partials(x, packed, scales, group_size=group_size, out_dtype=dtype, config=config,
@@ -98,20 +101,6 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Floa
 def _config(rows: int, inner: int, columns: int, group_size: int) -> kernel.Config:
     fields = launch.tuned("w4a16", tuning_key(rows, inner, columns, group_size))
     return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, columns)
-
-
-def _reproducible_partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"],
-                           group_size: int, implementation: str | None) -> Float[Array, "S M N"]:
-    chosen, (rows, inner) = launch.choose(implementation), x.shape
-    if chosen == "reference":
-        return _partials(x, packed, scales, group_size, None, None, implementation)
-    if rows > kernel.MAX_ROWS or x.dtype == jnp.float32:
-        _check(x, packed, scales, group_size)
-        weights = reference.dequantise(packed, scales, inner, group_size).astype(x.dtype)
-        return dense.matmul_partials(x, weights, implementation=implementation)
-    # The largest tree's config for all: one instruction, which adds up in one order whatever the number of rows.
-    config = dataclasses.replace(_config(kernel.MAX_ROWS, inner, packed.shape[1], group_size), least_rows=16)
-    return _partials(x, packed, scales, group_size, None, config, implementation)
 
 
 def _check(x: Array, packed: Array, scales: Array, group_size: int) -> None:
