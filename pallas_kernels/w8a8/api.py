@@ -30,11 +30,12 @@ def quantise_rows(x: Float[Array, "M K"], *, implementation: str | None = None
 
 
 def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"],
-                    scales: Float[Array, "N"], *, config: kernel.Config | None = None, implementation: str | None = None
-                    ) -> Float[Array, "S M N"]:
+                    scales: Float[Array, "N"], *, config: kernel.Config | None = None, implementation: str | None = None,
+                    reproducible: bool = False) -> Float[Array, "S M N"]:
     """q @ values^T times both scales, as split-K partial products whose sum over S is the product.
 
-    A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only.
+    A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
+    is the same for every number of rows up to 64, and so are the bits of a row. `config` is then left out.
 
     Args:
       q, row_scales: from `quantise_rows`.
@@ -60,7 +61,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
     if chosen == "reference" or rows > kernel.MAX_ROWS:
         return (reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None])[None]
     if config is None:
-        fields = launch.tuned("w8a8", tuning_key(rows, inner, outputs))
+        fields = launch.tuned("w8a8", tuning_key(kernel.MAX_ROWS if reproducible else rows, inner, outputs))
         config = kernel.Config(**fields) if fields else kernel.heuristic(inner, outputs)
     return kernel.matmul_partials(q, row_scales, values, scales, config=config, interpret=chosen == "interpret")
 

@@ -49,8 +49,8 @@ class Int8ChannelFormat(WeightFormat):
         return ChannelInt8(weight.values.T, weight.scales).dense()
 
     def matmul(self, x: Float[Array, "M K"], weight: Int8Channel, *, reproducible: bool = False) -> Float[Array, "S M N"]:
-        if self.activation_bits == 8:  # integers add up exactly, and a row's scale is its own
-            return w8a8.matmul_partials(*w8a8.quantise_rows(x), weight.values, weight.scales)
+        if self.activation_bits == 8:
+            return w8a8.matmul_partials(*w8a8.quantise_rows(x), weight.values, weight.scales, reproducible=reproducible)
         if reproducible:
             partials = dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), transposed=True)
             return partials * weight.scales
