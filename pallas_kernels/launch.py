@@ -6,6 +6,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -64,6 +65,14 @@ def _table(path: pathlib.Path) -> Mapping[str, Mapping[str, int | bool]]:
 def power_of_two(value: int) -> int:
     """The smallest power of two that is not below `value`; Triton's blocks have no other sizes."""
     return 1 << max(0, value - 1).bit_length()
+
+
+def check_powers_of_two(config: Any, **least: int) -> None:
+    """Raises ValueError for a named field of a config that is no power of two, or below its least value."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value < smallest or not is_power_of_two(value):
+            raise ValueError(f"{name} is {value}; expected a power of two of at least {smallest}")
 
 
 def is_power_of_two(value: int) -> bool:

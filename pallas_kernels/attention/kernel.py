@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import launch
 
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
-_LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
+LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,7 @@ class Config:
     num_stages: int = 2
 
     def __post_init__(self):
-        for name in ("block_m", "block_k"):
-            if getattr(self, name) < 16 or not launch.is_power_of_two(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a power of two of at least 16")
+        launch.check_powers_of_two(self, block_m=16, block_k=16)
         if self.splits < 1:
             raise ValueError(f"splits is {self.splits}; expected at least 1")
 
@@ -97,7 +95,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float)
         in_cache = (key < live)[:, None] if masked else None
         index = key[:, None], jnp.broadcast_to(kv_head, (1, 1)), lane
         keys = plgpu.load(k_ref.at[index], mask=in_cache, other=0 if masked else None)
-        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * (scale * _LOG2_E)
+        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * (scale * LOG2_E)
         if masked:
             seen = visible(key) & (key < live)[None, :]
             scores = jnp.where(seen, scores, MASKED)

@@ -10,7 +10,6 @@ rows at once, and what a row has in the tree is gathered for it alone into the o
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import launch
-from pallas_kernels.attention.kernel import MASKED
+from pallas_kernels.attention.kernel import LOG2_E, MASKED
 
 SLAB = 16
 BLOCK = 64
@@ -29,7 +28,6 @@ MOST_DEPTH = BLOCK
 """Levels below the root that a tree may have: then all far keys are committed."""
 SUM_COLUMNS = 32
 """More than a slab has rows: else Triton would have every warp compute all columns of every product of the program."""
-_LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ class _Operands:
     def add(self, sums: _Sums, queries: Float[Array, "P d"], keys: Float[Array, "B d"], values: Float[Array, "B d"],
             seen: Bool[Array, "B"]) -> _Sums:
         precision = jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
-        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * (self.scale * _LOG2_E)
+        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * (self.scale * LOG2_E)
         scores = jnp.where(seen[None, :], scores, MASKED)
         largest = jnp.maximum(sums.largest, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - largest[:, None]).astype(values.dtype)

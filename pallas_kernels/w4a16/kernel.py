@@ -52,8 +52,7 @@ class Config:
     inline_asm: bool = True
 
     def __post_init__(self):
-        if self.block_n < 16 or not launch.is_power_of_two(self.block_n):
-            raise ValueError(f"block_n is {self.block_n}; expected a power of two of at least 16")
+        launch.check_powers_of_two(self, block_n=16)
         if self.rows < PLANE_ROWS or self.rows % PLANE_ROWS:
             raise ValueError(f"rows is {self.rows}; expected a multiple of {PLANE_ROWS}")
         if self.split_k < 1:

@@ -37,9 +37,7 @@ class Config:
     num_stages: int = 4
 
     def __post_init__(self):
-        for name, least in (("block_n", 16), ("block_k", 32)):
-            if getattr(self, name) < least or not launch.is_power_of_two(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a power of two of at least {least}")
+        launch.check_powers_of_two(self, block_n=16, block_k=32)
         if self.split_k < 1:
             raise ValueError(f"split_k is {self.split_k}; expected at least 1")
 
