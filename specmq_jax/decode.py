@@ -24,6 +24,7 @@ from specmq_jax.config import DecodeConfig
 from specmq_jax.drafters import Drafter, NoDrafter
 from specmq_jax.errors import UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
+from specmq_jax.llama import Llama
 from specmq_jax.memory import check_room, tree_bytes
 from specmq_jax.model import Model, check_tokens
 from specmq_jax.tree import Accepted, DraftTree
@@ -143,23 +144,35 @@ class Decoder:
         return self.target.params, self.drafter.params
 
     @property
+    def module(self) -> Llama:
+        """The target's module as a round applies it."""
+        return self._module
+
+    @property
+    def loop(self) -> Callable[[Params, DecodeState, Int32[Array, ""]], DecodeState]:
+        """The jitted loop that `round`, `generate` and `stream` share: parameters, a state that is consumed, and how many
+        rounds at most."""
+        return self._run
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of device memory that the caches of one sequence take, the drafter's included."""
         return cache_bytes(self.target, self.drafter, self._capacity)
 
-    def prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
-                ) -> DecodeState:
+    def prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None,
+                key: Any = None) -> DecodeState:
         """Takes in the prompt, draws the first token and returns the state that `round` advances.
 
         Args:
           prompt_ids: token ids.
           max_new_tokens: where decoding ends; by default, and at most, where the cache is full.
           seed: of the sampling noise, by default the configuration's.
+          key: what the configuration's sampling takes as its key, arrays that are consumed; by default `jax.random.key(seed)`.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache.
         """
-        return self._timed_prefill(prompt_ids, max_new_tokens, seed)[0]
+        return self._timed_prefill(prompt_ids, max_new_tokens, seed, key)[0]
 
     def round(self, state: DecodeState) -> DecodeState:
         """One round: propose, verify, accept, advance. The state given is consumed; a finished one comes back as is."""
@@ -180,9 +193,10 @@ class Decoder:
                           draft_accept_lengths=self.drafter.accept_lengths(state.drafter))
 
     def stream(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None,
-               rounds: int = 4) -> Iterator[list[int]]:
-        """Yields new token ids as they are committed, `rounds` rounds at a time; the same tokens as `generate`."""
-        state = self.prefill(prompt_ids, max_new_tokens, seed=seed)
+               key: Any = None, rounds: int = 4) -> Iterator[list[int]]:
+        """Yields new token ids as they are committed, `rounds` rounds at a time; the same tokens as `generate`. The first
+        list is the first token, drawn behind the prompt. Arguments and errors as in `prefill`."""
+        state = self.prefill(prompt_ids, max_new_tokens, seed=seed, key=key)
         sent, most = len(prompt_ids), self._placed(jnp.int32(rounds))
         while True:
             length, done = int(state.length), bool(state.done)
@@ -231,13 +245,13 @@ class Decoder:
         draft = 0.0 if self.drafter.max_depth == 0 else median(self._time_draft)
         return PhaseTimes(prefill=prefill, draft=draft, verify=median(self._time_verify), round=median(self._run))
 
-    def _timed_prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None, seed: int | None
+    def _timed_prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None, seed: int | None, key: Any = None
                        ) -> tuple[DecodeState, float, float]:
         """The state, and the seconds that the target's and the drafter's passes over the prompt took."""
         prompt = self._checked(prompt_ids)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
-        key = jax.random.key(self.config.seed if seed is None else seed)
+        key = jax.random.key(self.config.seed if seed is None else seed) if key is None else key
         start = time.perf_counter()
         hidden, cache, chunks = self._ingest_all(prompt)
         first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
