@@ -1,4 +1,4 @@
 from pallas_kernels.dense.api import matmul_partials
-from pallas_kernels.dense.kernel import Config
+from pallas_kernels.dense.kernel import MOST_ROWS, Config
 
-__all__ = ["Config", "matmul_partials"]
+__all__ = ["MOST_ROWS", "Config", "matmul_partials"]

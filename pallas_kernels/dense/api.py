@@ -1,4 +1,4 @@
-"""Products with dense weights whose bits do not depend on how many rows are multiplied together."""
+"""Products with dense weights, of rows too few to fill a GPU, or in bits that do not depend on how many rows there are."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,23 +8,24 @@ from pallas_kernels.dense import kernel, reference
 
 
 def matmul_partials(x: Float[Array, "M K"], weights: Float[Array, "A B"], *, transposed: bool = False,
-                    config: kernel.Config | None = None, implementation: str | None = None) -> Float[Array, "S M N"]:
+                    reproducible: bool = False, config: kernel.Config | None = None, implementation: str | None = None
+                    ) -> Float[Array, "S M N"]:
     """x @ weights as split-K partial sums, which the consumer adds up: f32[S, M, N] whose sum over S is the product.
 
-    The kernel cuts K in one way for every M and multiplies slabs of 16 rows by one tensor-core instruction, so that a row's
-    result has the same bits whatever other rows there are. XLA's own products choose another algorithm for other row
-    counts, and may choose another in another program. The reference promises no bits.
+    With `reproducible` the kernel cuts K in one way for every M and multiplies slabs of 16 rows by one tensor-core
+    instruction, so that a row's result has the same bits whatever other rows there are. XLA's own products choose another
+    algorithm for other row counts, and may choose another in another program. The reference promises no bits.
 
     Args:
       x: f16, bf16 or f32 [M, K].
       weights: of x's dtype, [K, N], or [N, K] where `transposed`.
       transposed: the product is x @ weights^T.
-      config: how the kernel is cut; default the tuned table of this device, then a heuristic. Another `split_k` gives
-        other bits.
+      reproducible: see above; `config` is then left out.
+      config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
-      f32[S, M, N]; S depends on K, N, the dtype and the device only.
+      f32[S, M, N]; S depends on the shapes, the dtype and the device only.
 
     Raises:
       ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
@@ -40,6 +41,13 @@ def matmul_partials(x: Float[Array, "M K"], weights: Float[Array, "A B"], *, tra
         return reference.matmul(x, weights, transposed=transposed)[None]
     columns = weights.shape[0 if transposed else 1]
     if config is None:
-        fields = launch.tuned("dense", f"{inner}x{columns}/{x.dtype}")
+        # one config for all rows, which no table has: another split would be other bits
+        fields = None if reproducible else launch.tuned("dense", tuning_key(x.shape[0], inner, columns))
         config = kernel.Config(**fields) if fields else kernel.heuristic(inner, columns, x.dtype)
     return kernel.matmul_partials(x, weights, transposed=transposed, config=config, interpret=chosen == "interpret")
+
+
+def tuning_key(rows: int, inner: int, columns: int) -> str:
+    """What a tuned table calls [rows, inner] @ [inner, columns], in either half precision; rows up to the same power of two
+    share a config."""
+    return f"{inner}x{columns}/m{max(kernel.SLAB, launch.power_of_two(min(rows, kernel.MOST_ROWS)))}"

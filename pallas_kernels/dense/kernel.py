@@ -1,12 +1,13 @@
-"""The dense product with one order of summation for every number of rows.
+"""The dense product, with one order of summation for every number of rows where that is asked for.
 
-A program streams `block_n` columns of one share of K and multiplies up to 64 rows by them, in slabs of 16. A slab is a
-product of its own even where four could be one: from 64 rows on Triton uses Hopper's warpgroup instruction, which adds up
-in another order than the one of 16 rows that a single row gets.
+A program streams `block_n` columns of one share of K and multiplies up to 64 rows by them, in slabs. One order needs slabs
+of 16 even where four could be one: from 64 rows on Triton uses Hopper's warpgroup instruction, which adds up in another
+order than the one of 16 rows that a single row gets.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,14 @@ MOST_ROWS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the product is cut. Of these `split_k` alone changes the result's bits.
+    """How the product is cut. Of these `split_k` and `slab` alone change the result's bits.
 
     Attributes:
       block_n: columns a program computes, a power of two of at least 16.
       block_k: rows of the weights in a loop iteration, a power of two of at least 16.
       split_k: shares of K; fewer come out when K has fewer blocks.
       num_warps, num_stages: Triton's.
+      slab: rows of one product, a power of two of at least 16; fewer where there are no more.
     """
 
     block_n: int = 64
@@ -37,9 +39,10 @@ class Config:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
+    slab: int = SLAB
 
     def __post_init__(self):
-        launch.check_powers_of_two(self, block_n=16, block_k=16)
+        launch.check_powers_of_two(self, block_n=16, block_k=16, slab=SLAB)
         if self.split_k < 1:
             raise ValueError(f"split_k is {self.split_k}; expected at least 1")
 
@@ -53,6 +56,18 @@ def heuristic(inner: int, columns: int, dtype: jnp.dtype) -> Config:
     # Four blocks at least: below that a program spends more on its prologue and its partial sum than on weights.
     split_k = min(264 // pl.cdiv(columns, block_n), pl.cdiv(inner, block_k) // 4, 16)
     return Config(block_n=block_n, block_k=block_k, split_k=max(1, split_k))
+
+
+def candidates(rows: int, inner: int, columns: int) -> list[Config]:
+    """Configs of a half-precision product worth timing, with every split that fills a GPU about once."""
+    shapes = [{"block_n": block_n, "block_k": block_k, "num_warps": warps}
+              for block_n, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)) for block_k in (64, 128)]
+    configs = [Config(**shape, split_k=split_k, num_stages=stages, slab=max(SLAB, launch.power_of_two(rows)))
+               for shape, split_k, stages in itertools.product(shapes, (1, 2, 3, 4, 6, 8, 12), (3, 4, 5))]
+    warps = {config: pl.cdiv(columns, config.block_n) * config.split_k * config.num_warps for config in configs
+             if _cut(inner, config)[0] == config.split_k}
+    least, most = min(500, max(warps.values())), max(3200, min(warps.values()))
+    return [config for config, count in warps.items() if least <= count <= most]
 
 
 def _cut(inner: int, config: Config) -> tuple[int, int]:
@@ -70,7 +85,8 @@ def _body(x_ref, weights_ref, out_ref, *, config: Config, transposed: bool, each
     column = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)
     column_mask = None if columns % config.block_n == 0 else column < columns
     precision = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
-    slabs = [pl.program_id(0) * MOST_ROWS + first + jnp.arange(SLAB) for first in range(0, min(rows, MOST_ROWS), SLAB)]
+    slab = min(config.slab, max(SLAB, launch.power_of_two(rows)))
+    slabs = [pl.program_id(0) * MOST_ROWS + first + jnp.arange(slab) for first in range(0, min(rows, MOST_ROWS), slab)]
 
     def both(down: Array | None, across: Array | None) -> Array | None:
         if down is None or across is None:
@@ -91,7 +107,7 @@ def _body(x_ref, weights_ref, out_ref, *, config: Config, transposed: bool, each
         return tuple(total + plgpu.dot(load(x_ref, row, k, both(row_mask(row), k_mask)), weights, trans_b=transposed,
                                        precision=precision) for row, total in zip(slabs, totals, strict=True))
 
-    zeros = jnp.zeros((SLAB, config.block_n), jnp.float32)
+    zeros = jnp.zeros((slab, config.block_n), jnp.float32)
     totals = jax.lax.fori_loop(share * each, jnp.minimum((share + 1) * each, blocks), step, (zeros,) * len(slabs))
     for row, total in zip(slabs, totals, strict=True):
         plgpu.store(out_ref.at[(share * rows + row)[:, None], column[None, :]], total,

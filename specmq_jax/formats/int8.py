@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.dense import api as dense
-from pallas_kernels.w8a8 import api as w8a8
+from pallas_kernels import dense, w8a8
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.logical import ChannelInt8, Logical, dense_values
 
@@ -52,7 +51,8 @@ class Int8ChannelFormat(WeightFormat):
         if self.activation_bits == 8:
             return w8a8.matmul_partials(*w8a8.quantise_rows(x), weight.values, weight.scales, reproducible=reproducible)
         if reproducible:
-            partials = dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), transposed=True)
+            partials = dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), transposed=True,
+                                             reproducible=True)
             return partials * weight.scales
         product = jax.lax.dot_general(x.astype(self.dtype), weight.values.astype(self.dtype), (((1,), (1,)), ((), ())),
                                       preferred_element_type=jnp.float32)

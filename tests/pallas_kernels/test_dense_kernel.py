@@ -29,6 +29,8 @@ def problem(rows: int, inner: int, columns: int, transposed: bool, dtype):
     ((7, 330, 100), jnp.bfloat16, Config(block_n=64, block_k=32, split_k=3)),
     ((60, 200, 17), jnp.float32, Config(block_n=16, block_k=16, split_k=2)),
     ((130, 96, 40), jnp.float16, Config(block_n=32, block_k=32)),
+    ((60, 96, 40), jnp.float16, Config(block_n=32, block_k=32, slab=64)),
+    ((33, 96, 40), jnp.bfloat16, Config(block_n=32, block_k=32, slab=32, split_k=2)),
 ])
 def test_adds_up_to_the_product(shape, dtype, config, transposed, implementation):
     x, weights, expected = problem(*shape, transposed, dtype)
@@ -39,7 +41,7 @@ def test_adds_up_to_the_product(shape, dtype, config, transposed, implementation
 
 def check_bits(inner: int, columns: int, transposed: bool, dtype, config: Config | None, implementation: str) -> None:
     x, weights, _ = problem(130, inner, columns, transposed, dtype)
-    options = dict(transposed=transposed, config=config, implementation=implementation)
+    options = dict(transposed=transposed, reproducible=True, config=config, implementation=implementation)
     whole = np.asarray(matmul_partials(x, weights, **options))
     for rows in (1, 2, 7, 16, 17, 33, 60, 64, 65):
         for first in (0, 5, 130 - rows):
@@ -60,7 +62,9 @@ def test_a_row_has_the_same_bits_among_any_others(dtype, transposed, implementat
 def test_real_sizes_on_gpu(inner, columns, transposed, dtype):
     check_bits(inner, columns, transposed, dtype, None, "kernel")
     x, weights, expected = problem(60, inner, min(columns, 6144), transposed, dtype)
-    assert relative_error(matmul_partials(x, weights, transposed=transposed).sum(0), expected) < 1e-5
+    for reproducible in (True, False):
+        partials = matmul_partials(x, weights, transposed=transposed, reproducible=reproducible)
+        assert relative_error(partials.sum(0), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("inner", "columns", "transposed"), [*REAL, (100, 70, True), (100, 70, False)])
@@ -72,7 +76,7 @@ def test_lowers_to_one_launch_that_shares_k_alike_for_any_rows(inner, columns, t
                      jax.ShapeDtypeStruct((columns, inner) if transposed else (inner, columns), dtype))
 
             def product(x, weights):
-                return matmul_partials(x, weights, transposed=transposed, implementation="kernel")
+                return matmul_partials(x, weights, transposed=transposed, reproducible=True, implementation="kernel")
 
             assert launches(cuda_text(product, *avals)) == 1
             shares.add(jax.eval_shape(product, *avals).shape[0])
