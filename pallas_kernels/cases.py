@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import attention, mlp, norm, rope, top_k, w4a16
+from pallas_kernels import attention, dense, mlp, norm, rope, top_k, w4a8, w4a16, w8a8
 from pallas_kernels.partials import add_up
 
 _CACHE_BLOCK = 128
@@ -104,7 +104,7 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
     def make(key: Array):
         of_x, of_packed, of_scales = jax.random.split(key, 3)
         packed = jax.random.bits(of_packed, (words, columns), jnp.uint32).view(jnp.int32)
-        scales = jax.random.normal(of_scales, (groups, columns), jnp.float16) * 0.02
+        scales = jax.random.normal(of_scales, (groups, columns)) * 0.02
         return jax.random.normal(of_x, (rows, inner), jnp.float16), packed, scales
 
     def run(config, implementation, x, packed, scales):
@@ -120,9 +120,52 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
         # the factor keeps the launch where there is nothing to add
         return (partials if result == "partials" else (add_up(partials) * 0.5).astype(x.dtype),)
 
-    cold_bytes = 4 * words * columns + 2 * groups * columns
+    cold_bytes = 4 * (words + groups) * columns
     return Case(label=f"{inner} -> {columns}" + (f" g{group_size}" if group_size != -1 else ""), rows=rows, make=make,
                 run=run, traffic=cold_bytes + 2 * rows * (inner + columns), cold=(1, 2), cold_bytes=cold_bytes)
+
+
+INTEGER_KINDS = ("w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128")
+"""The formats whose products are of 8-bit integers."""
+
+
+def integer_product(rows: int, inner: int, columns: int, kind: str, *, result: str) -> Case:
+    """A product of f16 rows rounded to 8 bits, their rounding left out, with weights of one of `INTEGER_KINDS`.
+
+    `result` is "partials" or "consumed", as in `product`.
+    """
+    bits, zeros, grouped = 8 if kind == "w8a8" else 4, "qoq" in kind, kind.endswith("-g128")
+    groups = -(-inner // w4a8.BLOCK)
+
+    def make(key: Array):
+        of_x, of_weights, of_scales = jax.random.split(key, 3)
+        rows_and_sums = w8a8.quantise_rows(jax.random.normal(of_x, (rows, inner)), sums=w4a8.BLOCK if grouped else -1,
+                                           implementation="reference")
+        scales = jax.random.uniform(of_scales, (columns,), minval=0.01, maxval=0.02)
+        packed = jax.random.bits(of_weights, (columns, inner if bits == 8 else w4a8.packed_bytes(inner)), jnp.uint8)
+        if bits == 8:
+            return *rows_and_sums, packed.view(jnp.int8), scales
+        if not grouped:
+            return *rows_and_sums, packed, scales, scales * 7
+        group_scales = jax.random.randint(of_scales, (groups, columns), 4, 16)
+        words = w4a8.pack_groups(group_scales.astype(jnp.uint8 if zeros else jnp.float16), group_scales * -7 if zeros else None)
+        return *rows_and_sums, packed, words, scales
+
+    def run(config, implementation, codes, row_scales, sums, weights, *others):
+        options = {"config": config, "implementation": implementation}
+        if bits == 8:
+            partials = w8a8.matmul_partials(codes, row_scales, weights, *others, **options)
+        elif grouped:
+            saturates = None if zeros else jnp.zeros(1, jnp.int32)
+            partials = w4a8.group_partials(codes, row_scales, sums, weights, *others, saturates, **options)
+        else:
+            scales, offsets = others
+            partials = w4a8.channel_partials(codes, row_scales, sums, weights, scales, offsets if zeros else None, **options)
+        return (partials if result == "partials" else (add_up(partials) * 0.5).astype(jnp.float16),)
+
+    cold_bytes = columns * (inner * bits // 8 + 4 + grouped * groups * 4)
+    return Case(label=f"{inner} -> {columns} {kind}", rows=rows, make=make, run=run, cold=(3, 4),
+                traffic=cold_bytes + rows * (inner + 4 * columns), cold_bytes=cold_bytes)
 
 
 def dense_product(rows: int, inner: int, columns: int) -> Case:
@@ -135,6 +178,16 @@ def dense_product(rows: int, inner: int, columns: int) -> Case:
 
     return Case(label=f"{inner} -> {columns}", rows=rows, make=make, run=lambda config, implementation, x, w: (x @ w,),
                 traffic=2 * (inner * columns + rows * (inner + columns)), cold=(1,), cold_bytes=2 * inner * columns)
+
+
+def split_dense_product(rows: int, inner: int, columns: int) -> Case:
+    """Our product of f16 rows and f16 weights, behind one elementwise launch that adds its partial sums up."""
+
+    def run(config, implementation, x, weights):
+        partials = dense.matmul_partials(x, weights, config=config, implementation=implementation)
+        return ((add_up(partials) * 0.5).astype(x.dtype),)
+
+    return dataclasses.replace(dense_product(rows, inner, columns), run=run)
 
 
 def tree_attention(rows: int, model: ModelShape, context: int, *, max_length: int | None = None) -> Case:

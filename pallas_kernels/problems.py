@@ -11,14 +11,20 @@ from pallas_kernels import cases, launch
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import kernel as attention_kernel
 from pallas_kernels.cases import Case, ModelShape
+from pallas_kernels.dense import api as dense
+from pallas_kernels.dense import kernel as dense_kernel
 from pallas_kernels.norm import api as norm
 from pallas_kernels.norm import kernel as norm_kernel
 from pallas_kernels.rope import api as rope
 from pallas_kernels.rope import kernel as rope_kernel
 from pallas_kernels.top_k import api as top_k
 from pallas_kernels.top_k import kernel as top_k_kernel
+from pallas_kernels.w4a8 import api as w4a8
+from pallas_kernels.w4a8 import kernel as w4a8_kernel
 from pallas_kernels.w4a16 import api as w4a16
 from pallas_kernels.w4a16 import kernel as w4a16_kernel
+from pallas_kernels.w8a8 import api as w8a8
+from pallas_kernels.w8a8 import kernel as w8a8_kernel
 
 _CONTEXTS = (512, 4096)
 _SPLITS = 4  # partial sums that norm and rope read: what a split product usually leaves
@@ -69,6 +75,42 @@ def _w4a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
                 op="w4a16", keys=(key,), cases=(cases.product(count, inner, columns, group_size, result=result),),
                 heuristic=w4a16_kernel.heuristic(count, inner, columns),
                 candidates=tuple(w4a16_kernel.candidates(count, inner, columns)))
+
+
+def _dense(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    largest = {dense.tuning_key(count, 1, 1): count for count in rows if count <= dense_kernel.MOST_ROWS}
+    for (inner, columns), count in itertools.product(model.linears.values(), largest.values()):
+        yield Problem(
+            op="dense", keys=(dense.tuning_key(count, inner, columns),),
+            cases=(cases.split_dense_product(count, inner, columns),),
+            heuristic=dense_kernel.heuristic(inner, columns, jnp.float16),
+            candidates=tuple(dense_kernel.candidates(count, inner, columns)))
+
+
+def _w8a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    for (inner, columns), count in itertools.product(model.linears.values(), _largest(rows)):
+        yield Problem(
+            op="w8a8", keys=(w8a8.tuning_key(count, inner, columns),),
+            cases=(cases.integer_product(count, inner, columns, "w8a8", result="consumed"),),
+            heuristic=w8a8_kernel.heuristic(inner, columns),
+            candidates=tuple(w8a8_kernel.candidates(count, inner, columns)))
+
+
+def _w4a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    kinds = {"w4a8-qqq": ("channel", False), "w4a8-qoq": ("channel", True), "w4a8-qqq-g128": ("groups", False),
+             "w4a8-qoq-g128": ("groups", True)}
+    for (inner, columns), count, (kind, (scales, zeros)) in itertools.product(
+            model.linears.values(), _largest(rows), kinds.items()):
+        yield Problem(
+            op="w4a8", keys=(w4a8.tuning_key(count, inner, columns, scales, zeros),),
+            cases=(cases.integer_product(count, inner, columns, kind, result="consumed"),),
+            heuristic=w4a8_kernel.heuristic(count, inner, columns),
+            candidates=tuple(w4a8_kernel.candidates(count, inner, columns)))
+
+
+def _largest(rows: Sequence[int]) -> list[int]:
+    """Of the rows that share a product's config, the most."""
+    return list({max(8, launch.power_of_two(count)): count for count in rows if count <= w8a8_kernel.MAX_ROWS}.values())
 
 
 def _attention(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
@@ -129,4 +171,5 @@ def _filling(configs: Sequence[Any], programs: Callable[[Any], int], least: int,
 
 
 OPS: Mapping[str, Callable[[ModelShape, Sequence[int], Sequence[int]], Iterable[Problem]]] = {
-    "w4a16": _w4a16, "attention": _attention, "top_k": _top_k, "norm": _norm, "rope": _rope}
+    "w4a16": _w4a16, "dense": _dense, "w8a8": _w8a8, "w4a8": _w4a8, "attention": _attention, "top_k": _top_k, "norm": _norm,
+    "rope": _rope}

@@ -1,62 +1,124 @@
-"""4-bit codes two to a byte, and the 8-bit integers that groups of them stand for.
+"""Products of per-token 8-bit activations with 4-bit weights that are multiplied as 8-bit integers."""
 
-A block is 64 columns of K in 32 bytes: byte j holds column j in its low nibble and column 32 + j in its high one, so that
-a mask and a shift of four bytes at a time give two runs of 32 integers, as long as one tensor-core instruction takes.
-"""
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int8, Shaped, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-BLOCK = 64
-_HALF = BLOCK // 2
-
-
-def packed_bytes(rows: int) -> int:
-    """Bytes of an output's `rows` codes, whole blocks."""
-    return -(-rows // BLOCK) * _HALF
+from pallas_kernels import launch
+from pallas_kernels.w4a8 import kernel, reference
+from pallas_kernels.w4a8.layout import BLOCK, packed_bytes
+from pallas_kernels.w8a8.kernel import MAX_ROWS
 
 
-def pack(q: UInt8[Array, "N K"]) -> UInt8[Array, "N B"]:
-    """Packs codes 0..15, an output a row; columns that pad K to a multiple of 64 have code 0.
+def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "1 M"] | None,
+                     packed: UInt8[Array, "N B"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
+                     config: kernel.Config | None = None, implementation: str | None = None,
+                     reproducible: bool = False) -> Float[Array, "S M N"]:
+    """q @ w^T times both scales with w = code * scale - offset, as split-K partial products.
 
-    Returns uint8[N, ceil(K / 64) * 32]. Raises ValueError for anything but uint8[N, K].
-    """
-    if q.ndim != 2 or q.dtype != jnp.uint8:
-        raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected uint8[N, K]")
-    outputs, rows = q.shape
-    halves = jnp.pad(q, ((0, 0), (0, 2 * packed_bytes(rows) - rows))).reshape(outputs, -1, 2, _HALF)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(outputs, -1)
-
-
-def unpack(packed: UInt8[Array, "N B"], rows: int) -> UInt8[Array, "N K"]:
-    """The codes uint8[N, rows] that `pack` was given. Raises ValueError when `packed` does not hold `rows` columns."""
-    if packed.ndim != 2 or packed.dtype != jnp.uint8 or packed.shape[1] != packed_bytes(rows):
-        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected uint8[N, {packed_bytes(rows)}] for "
-                         f"K = {rows}")
-    halves = packed.reshape(packed.shape[0], -1, 1, _HALF)
-    both = jnp.concatenate([halves & 15, halves >> 4], axis=2)
-    return both.reshape(packed.shape[0], -1)[:, :rows]
-
-
-def expand(q: UInt8[Array, "N K"], scales: Shaped[Array, "N G"], zeros: Shaped[Array, "N G"] | None, group_size: int
-           ) -> Int8[Array, "N K"]:
-    """The 8-bit integers of grouped codes.
+    A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
+    is the same for every number of rows up to 64, and so are the bits of a row. `config` is then left out.
 
     Args:
-      q: uint8[N, K], 0..15.
-      scales: [N, ceil(K / group_size)]: f16 for (q - 8) * scale, rounded half to even and held to [-128, 127] (QQQ,
-        arXiv:2406.09904), or uint8 for q * scale + zero (QoQ, arXiv:2405.04532).
-      zeros: int16 of scales' shape beside uint8 scales, else None.
-      group_size: columns that share a scale.
+      q, row_scales, sums: from `w8a8.quantise_rows`; sums of whole rows where there are offsets.
+      packed: uint8[N, ceil(K / 128) * 64], from `pack`.
+      scales: f32[N].
+      offsets: f32[N], or None for 8 * scales.
+      config: how the kernel is cut; default the tuned table of this device, then a heuristic.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 64 rows; the
+        reference multiplies more.
 
     Returns:
-      int8[N, K].
+      f32[S, M, N].
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
     """
-    rows = q.shape[1]
-    scale = jnp.repeat(scales.astype(jnp.float32), group_size, axis=1)[:, :rows]
-    codes = q.astype(jnp.float32)
-    if zeros is None:
-        values = jnp.round((codes - 8) * scale)
-    else:
-        values = codes * scale + jnp.repeat(zeros.astype(jnp.float32), group_size, axis=1)[:, :rows]
-    return jnp.clip(values, -128, 127).astype(jnp.int8)
+    _check_rows(q, row_scales, sums, 0 if offsets is None else q.shape[1])
+    _check_packed(packed, q.shape[1])
+    for name, vector in (("scales", scales), ("offsets", offsets)):
+        _check("float32", name, vector, jnp.float32, packed.shape[:1])
+    chosen = launch.choose(implementation)
+    if chosen == "reference" or len(q) > MAX_ROWS:
+        return reference.channel_product(q, row_scales, sums, packed, scales, offsets)[None]
+    config = config or _config(q, packed, "channel", offsets is not None, reproducible)
+    return kernel.channel_partials(q, row_scales, sums if offsets is not None else None, packed, scales, offsets,
+                                   config=config, interpret=chosen == "interpret")
+
+
+def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
+                   packed: UInt8[Array, "N B"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
+                   saturates: Int32[Array, "1"] | None, *, config: kernel.Config | None = None,
+                   implementation: str | None = None, reproducible: bool = False) -> Float[Array, "S M N"]:
+    """The same with w = w8 * channel_scale, where groups of 128 codes stand for 8-bit integers w8.
+
+    With scales alone, w8 = (code - 8) * scale, rounded half to even and held to [-128, 127] (QQQ, arXiv:2406.09904); with
+    zeros, w8 = code * scale + zero, which must lie there (QoQ, arXiv:2405.04532).
+
+    Args:
+      q, row_scales, sums: from `w8a8.quantise_rows`; sums of 128 columns where there are zeros.
+      packed: as in `channel_partials`.
+      groups: i32[ceil(K / 128), N], from `pack_groups`.
+      channel_scales: f32[N].
+      saturates: i32[1] where there are scales alone: 0 says that no integer has to be held to 8 bits, which is cheaper (see
+        `saturates`). None where there are zeros.
+      config, implementation, reproducible: as in `channel_partials`.
+
+    Returns:
+      f32[S, M, N].
+
+    Raises:
+      ValueError: as `channel_partials`.
+    """
+    zeros = saturates is None
+    _check_rows(q, row_scales, sums, BLOCK if zeros else 0)
+    _check_packed(packed, q.shape[1])
+    _check("int32", "groups", groups, jnp.int32, (-(-q.shape[1] // BLOCK), packed.shape[0]))
+    _check("float32", "channel_scales", channel_scales, jnp.float32, packed.shape[:1])
+    _check("int32", "saturates", saturates, jnp.int32, (1,))
+    chosen = launch.choose(implementation)
+    if chosen == "reference" or len(q) > MAX_ROWS:
+        return reference.group_product(q, row_scales, packed, groups, channel_scales, with_zeros=zeros)[None]
+    config = config or _config(q, packed, "groups", zeros, reproducible)
+    return kernel.group_partials(q, row_scales, sums if zeros else None, packed, groups, channel_scales, saturates,
+                                 config=config, interpret=chosen == "interpret")
+
+
+def tuning_key(rows: int, inner: int, outputs: int, scales: str, zeros: bool) -> str:
+    """What a tuned table calls [rows, inner] @ [inner, outputs]; rows up to the same power of two share a config.
+
+    `scales` is "channel" or "groups"; `zeros` says whether there are zero points.
+    """
+    return f"{inner}x{outputs}/{scales}{'-zeros' * zeros}/m{max(8, launch.power_of_two(rows))}"
+
+
+def _config(q: Array, packed: Array, scales: str, zeros: bool, reproducible: bool) -> kernel.Config:
+    (rows, inner), outputs = q.shape, packed.shape[0]
+    rows = MAX_ROWS if reproducible else rows
+    fields = launch.tuned("w4a8", tuning_key(rows, inner, outputs, scales, zeros))
+    return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
+
+
+def _check_rows(q: Array, row_scales: Array, sums: Array | None, summed: int) -> None:
+    """`summed` is how many columns each sum is of, 0 where none are needed."""
+    if q.ndim != 2 or q.dtype != jnp.int8:
+        raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected int8[M, K]")
+    _check("float32", "row_scales", row_scales, jnp.float32, q.shape[:1])
+    if not summed:
+        return
+    expected = -(-q.shape[1] // summed), q.shape[0]
+    if sums is None:
+        raise ValueError(f"sums are missing, which zero points need; expected int32{list(expected)} from quantise_rows")
+    _check("int32", "sums", sums, jnp.int32, expected)
+
+
+def _check_packed(packed: Array, inner: int) -> None:
+    if packed.ndim != 2 or packed.dtype != jnp.uint8 or packed.shape[1] != packed_bytes(inner):
+        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected uint8[N, {packed_bytes(inner)}] for K = "
+                         f"{inner}")
+
+
+def _check(kind: str, name: str, array: Array | None, dtype: Any, shape: tuple[int, ...]) -> None:
+    if array is not None and (array.dtype != dtype or array.shape != shape):
+        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; expected {kind}{list(shape)}")

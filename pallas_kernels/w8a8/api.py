@@ -4,29 +4,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import launch
-from pallas_kernels.w8a8 import kernel, reference
+from pallas_kernels.w8a8 import kernel, reference, rounding
 
 
-def quantise_rows(x: Float[Array, "M K"], *, implementation: str | None = None
-                  ) -> tuple[Int8[Array, "M K"], Float[Array, "M"]]:
+def quantise_rows(x: Float[Array, "M K"], *, sums: int | None = None, implementation: str | None = None
+                  ) -> tuple[Array, ...]:
     """Symmetric 8-bit codes of each row and its scale, its largest magnitude / 127 (Xiao et al., arXiv:2211.10438).
 
     A row times a positive factor has the same codes and that factor in its scale, up to the factor's own rounding.
 
     Args:
       x: f16, bf16 or f32 [M, K]; finite.
+      sums: to be added, which weights with zero points need: 128 for the codes of every 128 columns, -1 for those of a row.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
-      Codes int8[M, K], rounded half to even, and scales f32[M]; a row of zeros has codes and scale zero.
+      Codes int8[M, K], rounded half to even, and scales f32[M]; a row of zeros has codes and scale zero. With
+      `sums`, a third array i32[ceil(K / 128), M] or i32[1, M].
 
     Raises:
-      ValueError: x of another shape or dtype, or an unknown implementation.
+      ValueError: x of another shape or dtype, other sums, or an unknown implementation.
     """
     if x.ndim != 2 or 0 in x.shape or x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float16, bfloat16 or float32 [M, K]")
+    if sums not in (None, -1, reference.GROUP):
+        raise ValueError(f"sums is {sums}; expected None, -1 or {reference.GROUP}")
     chosen = launch.choose(implementation)
-    return reference.quantise_rows(x) if chosen == "reference" else kernel.quantise_rows(x, interpret=chosen == "interpret")
+    if chosen != "reference":
+        return rounding.quantise_rows(x, sums=sums, interpret=chosen == "interpret")
+    codes, scales = reference.quantise_rows(x)
+    return (codes, scales) if sums is None else (codes, scales, reference.sums(codes, sums))
 
 
 def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"],

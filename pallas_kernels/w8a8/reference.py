@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
 LARGEST = 127
+GROUP = 128
+"""Columns whose codes are summed together."""
 
 
 def quantise_rows(x: Float[Array, "M K"]) -> tuple[Int8[Array, "M K"], Float[Array, "M"]]:
@@ -14,6 +16,14 @@ def quantise_rows(x: Float[Array, "M K"]) -> tuple[Int8[Array, "M K"], Float[Arr
     steps = jnp.where(largest == 0, 0.0, LARGEST / largest)  # a row of zeros stays one
     codes = jnp.clip(jnp.round(values * steps[:, None]), -LARGEST, LARGEST)
     return codes.astype(jnp.int8), largest / LARGEST
+
+
+def sums(codes: Int8[Array, "M K"], columns: int) -> Int32[Array, "G M"]:
+    """Of `columns` codes each, the last of what is left; -1 is all."""
+    if columns == -1:
+        return jnp.sum(codes, axis=1, dtype=jnp.int32)[None]
+    padded = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % columns)))
+    return jnp.sum(padded.reshape(len(codes), -1, columns), axis=2, dtype=jnp.int32).T
 
 
 def product(q: Int8[Array, "M K"], values: Int8[Array, "N K"]) -> Int32[Array, "M N"]:

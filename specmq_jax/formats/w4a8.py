@@ -5,15 +5,13 @@ groups whose scales turn the codes into 8-bit integers of one scale an output.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels.w4a8 import api as w4a8
-from pallas_kernels.w8a8 import api as w8a8
+from pallas_kernels import w4a8, w8a8
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.logical import ChannelInt4, Logical, TwoLevelInt4, dense_values
 
@@ -33,17 +31,18 @@ class Int4Channel:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4TwoLevel:
-    """packed: uint8[N, B]; group_scales f16 or uint8[N, G], group_zeros int16[N, G] or None; channel_scales f32[N]."""
+    """packed: uint8[N, B] and groups: int32[G, N] in `pallas_kernels.w4a8`'s layout; channel_scales: f32[N]; saturates:
+    int32[1], whether any integer must be held to 8 bits, None where groups have zeros."""
 
     packed: UInt8[Array, "N B"]
-    group_scales: Shaped[Array, "N G"]
-    group_zeros: Shaped[Array, "N G"] | None
+    groups: Int32[Array, "G N"]
     channel_scales: Float[Array, "N"]
+    saturates: Int32[Array, "1"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int4Int8Format(WeightFormat):
-    """Attributes: scheme, "qqq" or "qoq"; group_size, rows of K that share a scale, -1 for all."""
+    """Attributes: scheme, "qqq" or "qoq"; group_size, rows of K that share a scale, 128 or -1 for all."""
 
     scheme: str
     group_size: int = -1
@@ -63,25 +62,26 @@ class Int4Int8Format(WeightFormat):
     def abstract(self, shape: tuple[int, int]) -> Any:
         rows, columns = shape
 
-        def array(dtype: Any, *trailing: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((columns, *trailing), dtype)
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
 
-        packed, scales = array(jnp.uint8, w4a8.packed_bytes(rows)), array(jnp.float32)
+        packed, scales = array(jnp.uint8, columns, w4a8.packed_bytes(rows)), array(jnp.float32, columns)
         if self.group_size == -1:
-            return Int4Channel(packed, scales, array(jnp.float32))
-        groups = -(-rows // self.group_size)
-        return Int4TwoLevel(packed, array(jnp.uint8 if self._zeros else jnp.float16, groups),
-                            array(jnp.int16, groups) if self._zeros else None, scales)
+            return Int4Channel(packed, scales, array(jnp.float32, columns))
+        groups = array(jnp.int32, -(-rows // self.group_size), columns)
+        return Int4TwoLevel(packed, groups, scales, None if self._zeros else array(jnp.int32, 1))
 
     def pack(self, logical: Logical) -> Any:
         if not self._holds(logical):
             logical = self._quantise(dense_values(logical).astype(jnp.float32))
-        packed = w4a8.pack(jnp.asarray(logical.q).T)
+        q = jnp.asarray(logical.q).T
+        packed = w4a8.pack(q)
         if isinstance(logical, ChannelInt4):
             return Int4Channel(packed, jnp.asarray(logical.scales, jnp.float32), jnp.asarray(logical.offsets, jnp.float32))
-        zeros = None if logical.group_zeros is None else jnp.asarray(logical.group_zeros, jnp.int16).T
-        return Int4TwoLevel(packed, jnp.asarray(logical.group_scales).T, zeros,
-                            jnp.asarray(logical.channel_scales, jnp.float32))
+        scales, zeros = jnp.asarray(logical.group_scales), logical.group_zeros
+        saturates = w4a8.saturates(q, scales) if zeros is None else None
+        groups = w4a8.pack_groups(scales, None if zeros is None else jnp.asarray(zeros))
+        return Int4TwoLevel(packed, groups, jnp.asarray(logical.channel_scales, jnp.float32), saturates)
 
     def _holds(self, logical: Logical) -> bool:
         """Whether the weight was stored in this format; QQQ's per channel has the offset of a code 8."""
@@ -94,24 +94,20 @@ class Int4Int8Format(WeightFormat):
         q = w4a8.unpack(weight.packed, shape[0])
         if isinstance(weight, Int4Channel):
             return ChannelInt4(q.T, weight.scales, weight.offsets).dense()
-        integers = w4a8.expand(q, weight.group_scales, weight.group_zeros, self.group_size)
+        integers = w4a8.expand(q, *w4a8.unpack_groups(weight.groups, with_zeros=self._zeros))
         return integers.T.astype(jnp.float32) * weight.channel_scales
 
     def matmul(self, x: Float[Array, "M K"], weight: Any, *, reproducible: bool = False) -> Float[Array, "S M N"]:
-        codes, row_scales = w8a8.quantise_rows(x)
-        product = functools.partial(w8a8.matmul_partials, codes, row_scales, reproducible=reproducible)
-        q = w4a8.unpack(weight.packed, x.shape[1])
+        # QServe's epilogue takes zero points times the activations as they were. Their rounding then meets q, which is of one
+        # sign, instead of q less its zero point: a model packed by DeepCompressor erred by 3.9 % of its logits' norm so, and
+        # errs by 1.3 % with the sums of the rounded activations.
+        codes, row_scales, *sums = w8a8.quantise_rows(x, sums=self.group_size if self._zeros else None)
+        sums = sums[0] if sums else None
         if isinstance(weight, Int4TwoLevel):
-            integers = w4a8.expand(q, weight.group_scales, weight.group_zeros, self.group_size)
-            return product(integers, weight.channel_scales)
-        if not self._zeros:
-            return product(q.astype(jnp.int8) - 8, weight.scales)
-        # QServe's epilogue takes the zero points times the activations as they were. Their rounding then meets q, which is
-        # of one sign, instead of q less its zero point: a model packed by DeepCompressor erred by 3.9 % of its logits' norm
-        # so, and errs by 1.3 % with rounded activations on both sides.
-        total = jnp.sum(codes, axis=1, dtype=jnp.int32).astype(jnp.float32) * row_scales
-        partials = product(q.astype(jnp.int8), weight.scales)
-        return partials - total[:, None] * (weight.offsets / len(partials))
+            return w4a8.group_partials(codes, row_scales, sums, weight.packed, weight.groups, weight.channel_scales,
+                                       weight.saturates, reproducible=reproducible)
+        return w4a8.channel_partials(codes, row_scales, sums, weight.packed, weight.scales,
+                                     weight.offsets if self._zeros else None, reproducible=reproducible)
 
     def _quantise(self, values: Float[Array, "K N"]) -> ChannelInt4 | TwoLevelInt4:
         """Round-to-nearest of plain values."""

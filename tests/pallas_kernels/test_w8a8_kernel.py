@@ -19,7 +19,7 @@ def problem(rows: int, inner: int, outputs: int):
     values = rng.integers(-128, 128, (outputs, inner)).astype(np.int8)
     row_scales, scales = (rng.uniform(0.01, 0.1, size).astype(np.float32) for size in (rows, outputs))
     # in the order of the product's definition, each step in f32
-    exact = q.astype(np.int64) @ values.astype(np.int64).T
+    exact = q.astype(np.float64) @ values.astype(np.float64).T  # exact there too, and faster
     return tuple(map(jnp.asarray, (q, row_scales, values, scales))), exact.astype(np.float32) * scales * row_scales[:, None]
 
 
@@ -49,12 +49,18 @@ def test_rows_are_rounded_half_to_even(dtype, implementation):
     x[4, 4:] = 0
     x = jnp.asarray(x, dtype)
     codes, scales = quantise_rows(x, implementation=implementation)
+    wanted_codes, wanted_scales = rounded(x)
+    np.testing.assert_array_equal(codes, wanted_codes)
+    np.testing.assert_array_equal(codes[4, :4], [127, 0, 2, -2])
+    np.testing.assert_allclose(scales, wanted_scales, rtol=1e-7)
+
+
+def rounded(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """By numpy, whose division rounds as IEEE 754 says; XLA's on a GPU may err in the last bit."""
     values = np.asarray(x, np.float32)
     largest = np.abs(values).max(1)
     steps = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest != 0)
-    np.testing.assert_array_equal(codes, np.rint(values * steps[:, None]))
-    np.testing.assert_array_equal(codes[4, :4], [127, 0, 2, -2])
-    np.testing.assert_allclose(scales, largest / 127, rtol=1e-7)
+    return np.rint(values * steps[:, None]), largest / np.float32(127)
 
 
 @pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM + [(130, 17)])
@@ -67,16 +73,15 @@ def test_each_lowers_to_one_launch(inner, outputs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM)
-@pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128])
+@pytest.mark.parametrize(("rows", "inner", "outputs"), [
+    (1, 4096, 6144), (8, 4096, 4096), (16, 576, 960), (30, 14336, 4096), (60, 4096, 28672), (64, 1536, 576), (128, 576, 3072)])
 def test_real_sizes_on_gpu(rows, inner, outputs):
     operands, expected = problem(rows, inner, outputs)
     np.testing.assert_array_equal(matmul_partials(*operands, config=Config(), implementation="kernel")[0], expected)
     partials = matmul_partials(*operands, implementation="kernel")
     np.testing.assert_allclose(partials.sum(0), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     x = jax.random.normal(jax.random.key(rows), (rows, inner), jnp.float16)
-    for found, wanted in zip(quantise_rows(x, implementation="kernel"), quantise_rows(x, implementation="reference"),
-                             strict=True):
+    for found, wanted in zip(quantise_rows(x, implementation="kernel"), rounded(x), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 

@@ -1,0 +1,163 @@
+"""The W4A8 product on the tensor cores: 4-bit weights become 8-bit integers in registers, on their way to it."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int8, Int32, UInt8
+
+from pallas_kernels import launch
+from pallas_kernels.w4a8.dequantise import centred_of, codes_of, rounded_of
+from pallas_kernels.w4a8.layout import BLOCK, HALF
+from pallas_kernels.w4a16.dequantise import joined
+from pallas_kernels.w8a8 import kernel as w8a8
+from pallas_kernels.w8a8.kernel import Cut
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the product is cut.
+
+    Attributes:
+      block_n: outputs a program computes, a power of two of at least 16.
+      split_k: shares of K; fewer come out when K has fewer blocks of 128. A share is exact; their scaled sums are f32.
+      num_warps, num_stages: Triton's.
+      pipelined_scales: loads the scales of groups with zeros together with their weights, `num_stages` ahead, which few rows
+        want; else with those of the block before. Scales without zeros are always loaded so.
+      inline_asm: dequantises in PTX, four weights an instruction; never in interpret mode.
+    """
+
+    block_n: int = 64
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+    pipelined_scales: bool = True
+    inline_asm: bool = True
+
+    block_k: ClassVar[int] = BLOCK
+
+    def __post_init__(self):
+        launch.check_powers_of_two(self, block_n=16)
+        if self.split_k < 1:
+            raise ValueError(f"split_k is {self.split_k}; expected at least 1")
+
+
+def heuristic(rows: int, inner: int, outputs: int) -> Config:
+    """A config that starts about three programs for each of about 132 SMs."""
+    split_k = min(396 // pl.cdiv(outputs, 64), pl.cdiv(inner, BLOCK) // 4, 12)
+    return Config(split_k=max(1, split_k), pipelined_scales=rows <= 16)
+
+
+def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
+    """Configs worth timing, with every split that fills a GPU about once."""
+    return w8a8.filling(inner, outputs, [
+        Config(block_n=block_n, num_warps=warps, split_k=split_k, num_stages=stages, pipelined_scales=rows <= 16)
+        for (block_n, warps), split_k, stages in itertools.product(w8a8.program_shapes(rows), w8a8.SPLITS, (3, 4))])
+
+
+def _cut(q_ref, packed_ref, config: Config, shares: int) -> Cut:
+    rows, inner = q_ref.shape
+    return w8a8.cut(rows, inner, packed_ref.shape[0], block_n=config.block_n, block_k=BLOCK, shares=shares)
+
+
+def _packed(mine: Cut, packed_ref, block: Array) -> UInt8[Array, "n b"]:
+    byte = block * HALF + jnp.arange(HALF)
+    return w8a8.load(packed_ref, mine.output[:, None], byte[None, :], w8a8.both(mine.output_mask, None))
+
+
+def _start(mine: Cut) -> Int32[Array, "n m"]:
+    return jnp.zeros((len(mine.output), len(mine.row)), jnp.int32)
+
+
+def _channel_body(q_ref, row_scales_ref, packed_ref, scales_ref, *refs, config: Config, shares: int, inline_asm: bool):
+    *zeros_refs, out_ref = refs
+    mine = _cut(q_ref, packed_ref, config, shares)
+
+    def step(block: Array, total: Array) -> Array:
+        weights = joined(list(centred_of(_packed(mine, packed_ref, block), inline_asm=inline_asm)), 1)
+        return total + plgpu.dot(weights, mine.codes(q_ref, block))
+
+    total = jax.lax.fori_loop(mine.first, mine.last, step, _start(mine)) >> 4  # every integer is 16-fold
+    scales, row_scales = mine.per_output(scales_ref), mine.per_row(row_scales_ref)
+    product = w8a8.scaled(total, scales, row_scales)
+    if zeros_refs:
+        sums_ref, offsets_ref = zeros_refs
+        # one share answers for all that was centred
+        sums = jnp.where(mine.share == 0, mine.per_row(sums_ref, 0), 0).astype(jnp.float32) * row_scales
+        product += sums[None, :] * (8 * scales - mine.per_output(offsets_ref))[:, None]
+    mine.store(out_ref, product, q_ref.shape[0])
+
+
+def _scaled_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_scales_ref, saturates_ref, out_ref, *,
+                        config: Config, shares: int, inline_asm: bool):
+    mine = _cut(q_ref, packed_ref, config, shares)
+
+    def summed(saturating: bool) -> Int32[Array, "n m"]:
+        def step(block: Array, total: Array) -> Array:
+            halves = rounded_of(_packed(mine, packed_ref, block), mine.per_output(groups_ref, block), saturating=saturating,
+                                inline_asm=inline_asm)
+            return total + plgpu.dot(joined(list(halves), 1), mine.codes(q_ref, block))
+
+        return jax.lax.fori_loop(mine.first, mine.last, step, _start(mine))
+
+    # few tensors have an integer past 8 bits, and holding it there is a third of the work
+    total = jax.lax.cond(saturates_ref[0] != 0, lambda: summed(True), lambda: summed(False))
+    mine.store(out_ref, w8a8.scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
+               q_ref.shape[0])
+
+
+def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_scales_ref, sums_ref, out_ref, *,
+                        config: Config, shares: int, inline_asm: bool):
+    mine = _cut(q_ref, packed_ref, config, shares)
+    last_group = sums_ref.shape[0] - 1
+
+    def numbers(block: Array) -> tuple[Array, Array]:
+        block = jnp.minimum(block, last_group)  # past the last group nobody reads them
+        return mine.per_row(sums_ref, block), mine.per_output(groups_ref, block)
+
+    def step(block: Array, carry: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+        total, (sums, words) = carry
+        following = numbers(block + 1)
+        if config.pipelined_scales:
+            words = mine.per_output(groups_ref, block)
+        codes = codes_of(_packed(mine, packed_ref, block), words if config.pipelined_scales else None, inline_asm=inline_asm)
+        # The sum of q * scale + zero is taken apart, so that a weight costs no more than its unpacking.
+        part = plgpu.dot(joined(list(codes), 1), mine.codes(q_ref, block))
+        return total + part * (words & 0xFFFF)[:, None] + (words >> 16)[:, None] * sums[None, :], following
+
+    total, _ = jax.lax.fori_loop(mine.first, mine.last, step, (_start(mine), numbers(mine.first)))
+    mine.store(out_ref, w8a8.scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
+               q_ref.shape[0])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
+                     packed: UInt8[Array, "N B"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
+                     config: Config, interpret: bool) -> Float[Array, "S M N"]:
+    """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
+    zeros = () if offsets is None else (sums, offsets)
+    return _launch(_channel_body, (q, row_scales, packed, scales, *zeros), config=config, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
+                   packed: UInt8[Array, "N B"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
+                   saturates: Int32[Array, "1"] | None, *, config: Config, interpret: bool) -> Float[Array, "S M N"]:
+    """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
+    body, last = (_zeroed_groups_body, sums) if saturates is None else (_scaled_groups_body, saturates)
+    return _launch(body, (q, row_scales, packed, groups, channel_scales, last), config=config, interpret=interpret)
+
+
+def _launch(body: Callable[..., None], operands: tuple[Array, ...], *, config: Config, interpret: bool
+            ) -> Float[Array, "S M N"]:
+    q, packed = operands[0], operands[2]
+    shares = w8a8.share_count(q.shape[1], BLOCK, config.split_k)
+    body = functools.partial(body, config=config, shares=shares, inline_asm=config.inline_asm and not interpret)
+    return w8a8.launch_product(body, operands, outputs=len(packed), shares=shares, config=config, interpret=interpret,
+                               name="w4a8")
