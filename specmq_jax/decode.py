@@ -123,7 +123,10 @@ class Decoder:
         if self.config.reproducible and self.drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
             raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
                             f"drafter's trees have {self.drafter.tree_size}; choose a smaller tree or a shorter draft")
-        self._module = target.module.clone(capture=self.drafter.capture, reproducible=self.config.reproducible)
+        # where a last bit can become a whole step of an activation's rounding, plain and speculative decoding would part
+        reproducible = self.config.reproducible or (
+            target.module.format.rounds_activations and self.drafter.tree_size <= MOST_REPRODUCIBLE_ROWS)
+        self._module = target.module.clone(capture=self.drafter.capture, reproducible=reproducible)
         self.prefill_chunks = prefill_chunks(self.config)
         self._capacity = cache_rows(self.config, self.drafter)
         check_room(self.state_bytes, f"decoding state for {self.config.max_len} tokens")

@@ -106,6 +106,7 @@ class AddNorm(nn.Module):
 
     eps: float
     dtype: jnp.dtype
+    reproducible: bool = False
 
     @nn.compact
     def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, *, deferred: bool = False
@@ -113,10 +114,11 @@ class AddNorm(nn.Module):
         """The sum and its normalised form, whose factor is left to the reader where `deferred` allows it."""
         scale = self.param("scale", nn.initializers.ones_init(), residual.shape[-1:], jnp.float32)
         if not deferred:
-            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps, out_dtype=self.dtype)
+            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps, out_dtype=self.dtype,
+                                                         reproducible=self.reproducible)
             return residual, Normed(values)
         residual, values, row_scale = norm_kernels.add_rms_norm_deferred(
-            residual, update, scale, eps=self.eps, out_dtype=self.dtype)
+            residual, update, scale, eps=self.eps, out_dtype=self.dtype, reproducible=self.reproducible)
         return residual, Normed(values, row_scale)
 
 
@@ -171,10 +173,10 @@ class Layer(nn.Module):
                  keys: Float[Array, "L H d"], values: Float[Array, "L H d"]):
         """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
         eps, dtype = self.config.rms_norm_eps, self.format.dtype
-        entering, x = AddNorm(eps, dtype, name="attention_norm")(residual, update, deferred=True)
+        entering, x = AddNorm(eps, dtype, self.reproducible, name="attention_norm")(residual, update, deferred=True)
         attention = Attention(self.config, self.format, self.reproducible, name="attention")
         update, keys, values = attention(x, rows, keys, values)
-        residual, x = AddNorm(eps, dtype, name="mlp_norm")(entering, update, deferred=True)
+        residual, x = AddNorm(eps, dtype, self.reproducible, name="mlp_norm")(entering, update, deferred=True)
         update = Mlp(self.config.intermediate_size, self.format, self.reproducible, name="mlp")(x)
         return entering, residual, update, keys, values
 

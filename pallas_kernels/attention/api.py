@@ -95,7 +95,7 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
       paths: int32[T, D], from `tree_paths`; D is more than the largest depth.
       scale: of the scores; default 1 / sqrt(d).
       config: how the kernel is cut; default a heuristic.
-      implementation: as for `tree_attention`. The reference promises no bits.
+      implementation: as for `tree_attention`.
 
     Returns:
       [T, Hq, d] in q's dtype.
@@ -109,14 +109,13 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
     if paths.ndim != 2 or paths.shape[0] != rows or paths.dtype != jnp.int32:
         raise ValueError(f"paths are {paths.dtype}{list(paths.shape)}; expected int32[{rows}, D]")
     chosen = launch.choose(implementation)
-    if chosen == "reference":
-        words = mask.pack(mask.of_paths(paths, depth))
-        return _attention(q, k_cache, v_cache, length, words, rows, scale, None, "reference")
     _check(q, k_cache, v_cache)
+    length, scale = jnp.asarray(length, jnp.int32), head_dim ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        return reference.ordered_attention(q, k_cache, v_cache, length, depth, paths, scale=scale)
     _check_head_dim(head_dim)
     return ordered.attention(
-        q, k_cache, v_cache, jnp.asarray(length, jnp.int32), depth, paths,
-        scale=head_dim ** -0.5 if scale is None else scale,
+        q, k_cache, v_cache, length, depth, paths, scale=scale,
         config=config or ordered.heuristic(rows, heads, k_cache.shape[1], q.dtype), interpret=chosen == "interpret")
 
 

@@ -26,9 +26,3 @@ def paths(mask: Bool[Array, "T T"], depth: Int32[Array, "T"]) -> Int32[Array, "T
     node = jnp.arange(mask.shape[0], dtype=jnp.int32)
     on_path = mask[:, None, :] & (depth[None, None, :] == node[None, :, None])
     return jnp.sum(jnp.where(on_path, node, 0), axis=2, dtype=jnp.int32)
-
-
-def of_paths(paths: Int32[Array, "T D"], depth: Int32[Array, "T"]) -> Bool[Array, "T T"]:
-    """The mask that `paths` was given."""
-    node, level = jnp.arange(paths.shape[0]), jnp.arange(paths.shape[1])
-    return jnp.any((paths[:, :, None] == node) & (level <= depth[:, None])[:, :, None], axis=1)

@@ -47,3 +47,41 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cac
     blocks = (length + tail + block - 1) // block
     total, _, weight_sum = jax.lax.fori_loop(0, blocks, step, carry)
     return (total / jnp.where(weight_sum == 0, 1, weight_sum)[..., None]).reshape(q.shape).astype(q.dtype)
+
+
+def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
+                      length: Int32[Array, ""], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *, scale: float
+                      ) -> Float[Array, "T Hq d"]:
+    """See `api.ordered_attention`: each row for itself, over its keys in the order of their positions.
+
+    However many rows there are, the products of one are of the same sizes and so of the same bits.
+    """
+    max_len, kv_heads, head_dim = k_cache.shape
+    block = min(BLOCK, max_len)
+
+    def one(row: tuple[Array, Array, Array]) -> Float[Array, "Hq d"]:
+        query, last, path = row
+        queries = (query.astype(jnp.float32) * scale).reshape(kv_heads, -1, head_dim)
+        position_of_query = length + last
+
+        def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            total, largest, weight_sum = carry
+            position = index * block + jnp.arange(block)
+            own = length + path[jnp.clip(position - length, 0, len(path) - 1)]
+            place = jnp.minimum(jnp.where(position < length, position, own), max_len - 1)
+            seen = position <= position_of_query
+            keys, values = (jnp.where(seen[:, None, None], cache[place], 0).astype(jnp.float32)
+                            for cache in (k_cache, v_cache))
+            scores = jnp.where(seen, jnp.einsum("hgd,jhd->hgj", queries, keys, precision="highest"), MASKED)
+            new_largest = jnp.maximum(largest, scores.max(-1))
+            weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
+            decay = jnp.exp(largest - new_largest)
+            total = total * decay[..., None] + jnp.einsum("hgj,jhd->hgd", weights, values, precision="highest")
+            return total, new_largest, weight_sum * decay + weights.sum(-1)
+
+        shape = queries.shape[:2]
+        start = jnp.zeros(queries.shape), jnp.full(shape, MASKED), jnp.zeros(shape)
+        total, _, weight_sum = jax.lax.fori_loop(0, position_of_query // block + 1, step, start)
+        return (total / weight_sum[..., None]).reshape(query.shape)
+
+    return jax.lax.map(one, (q, depth, paths)).astype(q.dtype)

@@ -12,7 +12,7 @@ _CHUNK = 512  # columns a program; the readers of the factor add up a row's chun
 
 
 def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None, weight: Float[Array, "D"], *,
-                 eps: float, out_dtype: jnp.dtype, config: kernel.Config | None = None,
+                 eps: float, out_dtype: jnp.dtype, reproducible: bool = False, config: kernel.Config | None = None,
                  implementation: str | None = None) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
     """Adds a sub-block's output to the residual stream and normalises the sum, in one launch.
 
@@ -24,6 +24,7 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
       weight: f32[D].
       eps: added to the mean square.
       out_dtype: of the normalised rows; statistics are f32 throughout.
+      reproducible: a row's bits are the same whatever other rows there are, as the kernel's are anyway.
       config: launch parameters; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
@@ -36,7 +37,7 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
     _check(residual, partials, weight)
     chosen = launch.choose(implementation)
     if chosen == "reference":
-        return reference.add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype)
+        return reference.add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, reproducible=reproducible)
     if config is None:
         fields = launch.tuned("norm", tuning_key(residual.shape[1]))
         config = kernel.Config(**fields) if fields else kernel.heuristic(residual.shape[1])
@@ -45,7 +46,8 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
 
 
 def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None,
-                          weight: Float[Array, "D"], *, eps: float, out_dtype: jnp.dtype, implementation: str | None = None
+                          weight: Float[Array, "D"], *, eps: float, out_dtype: jnp.dtype, reproducible: bool = False,
+                          implementation: str | None = None
                           ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], RowScale | None]:
     """`add_rms_norm` that leaves each row's factor to the readers of a linear function of it.
 
@@ -66,7 +68,8 @@ def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, 
     chosen = launch.choose(implementation)
     rows, columns = residual.shape
     if chosen == "reference" or rows > MOST_DEFERRED_ROWS:
-        return *add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, implementation=chosen), None
+        return *add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, reproducible=reproducible,
+                             implementation=chosen), None
     total, scaled, squares = kernel.add_scale(
         residual, partials, weight, out_dtype=jnp.dtype(out_dtype), chunk=min(_CHUNK, launch.power_of_two(columns)),
         interpret=chosen == "interpret")

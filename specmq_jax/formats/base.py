@@ -31,6 +31,12 @@ class WeightFormat(abc.ABC):
     def dtype(self) -> jnp.dtype:
         """Dtype of the activations that a model of this format passes between its layers."""
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a last bit of an activation may become a whole step of the product where that is cheap to avoid: a decoder
+        then attends so that no row's bits depend on other rows."""
+        return False
+
     @abc.abstractmethod
     def abstract(self, shape: tuple[int, int]) -> Weight:
         """The weight of a [K, N] layer with `jax.ShapeDtypeStruct` leaves."""

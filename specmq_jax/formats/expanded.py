@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.w4a8 import api as w4a8
+from pallas_kernels import w4a8
 from pallas_kernels.w8a8 import api as w8a8
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.dense import Dense, DenseFormat
 from specmq_jax.formats.int8 import Int8Channel, Int8ChannelFormat
 from specmq_jax.formats.logical import Logical
 from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +46,10 @@ class ExpandedIntegersFormat(WeightFormat):
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(jnp.float32)
 
+    @property
+    def rounds_activations(self) -> bool:
+        return True
+
     def abstract(self, shape: tuple[int, int]) -> ExpandedIntegers:
         return ExpandedIntegers(*(jax.ShapeDtypeStruct(part, jnp.float32) for part in (shape, shape[1:], shape[1:])))
 
@@ -55,11 +61,17 @@ class ExpandedIntegersFormat(WeightFormat):
 
     def matmul(self, x: Float[Array, "M K"], weight: ExpandedIntegers, *, reproducible: bool = False
                ) -> Float[Array, "1 M N"]:
-        del reproducible  # CPUs promise no bits
+        del reproducible  # sums of whole numbers are the same in any order, up to 2^24
         codes, row_scales = w8a8.quantise_rows(x)
         codes = codes.astype(jnp.float32)
-        product = jnp.dot(codes, weight.integers, precision="highest") * weight.scales
-        return ((product - jnp.sum(codes, axis=1, keepdims=True) * weight.offsets) * row_scales[:, None])[None]
+        product = _rounded_once(jnp.dot(codes, weight.integers, precision="highest") * weight.scales)
+        offsets = _rounded_once(jnp.sum(codes, axis=1, keepdims=True) * weight.offsets)
+        return _rounded_once((product - offsets) * row_scales[:, None])[None]
+
+
+def _rounded_once(product: Float[Array, "M N"]) -> Float[Array, "M N"]:
+    """A product that no addition behind it is fused with: the compiler would, for some numbers of rows."""
+    return jnp.clip(product, -_LARGEST, _LARGEST)
 
 
 def expanded(weight_format: WeightFormat) -> WeightFormat:
@@ -77,6 +89,6 @@ def expand(weight_format: WeightFormat, weight: Any, shape: tuple[int, int]) -> 
         return ExpandedIntegers(weight.values.T.astype(jnp.float32), weight.scales, jnp.zeros_like(weight.scales))
     codes = w4a8.unpack(weight.packed, shape[0])
     if not isinstance(weight, Int4Channel):
-        integers = w4a8.expand(codes, weight.group_scales, weight.group_zeros, weight_format.group_size)
+        integers = w4a8.expand(codes, *w4a8.unpack_groups(weight.groups, with_zeros=weight.saturates is None))
         return ExpandedIntegers(integers.T.astype(jnp.float32), weight.channel_scales, jnp.zeros_like(weight.channel_scales))
     return ExpandedIntegers(codes.T.astype(jnp.float32), weight.scales, weight.offsets)

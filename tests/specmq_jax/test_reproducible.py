@@ -58,11 +58,14 @@ class Target:
     """A random model, and its states and logits behind committed rows."""
 
     def __init__(self, precision, **sizes):
-        config = tiny_config(vocab_size=512, max_position=1024, **sizes)
-        self.model = sm.random_model(config, precision, seed=4)
+        self.model = self.loaded(precision, **sizes)
+        self.vocab = self.model.config.vocab_size
         self.module = self.model.module.clone(reproducible=True)
         self.prefill, self.run = jax.jit(self.module.apply), jax.jit(self._run)
         self.keep = jax.jit(lambda cache, path: cache.keep(path, jnp.int32(len(path)), in_place=False))
+
+    def loaded(self, precision, **sizes):
+        return sm.random_model(tiny_config(vocab_size=512, max_position=1024, **sizes), precision, seed=4)
 
     def _run(self, params, cache, tree):
         hidden, _, cache = self.module.apply(params, tree.tokens, cache, tree.depth, tree.mask)
@@ -77,10 +80,10 @@ class Target:
         return np.asarray(logits), cache
 
 
-def tree_around(path_tokens, size, rng):
+def tree_around(path_tokens, size, vocab, rng):
     """A tree of so many nodes with those tokens on one path, and the path's nodes."""
     nodes = [0, *sorted(rng.choice(np.arange(1, size), PATH - 1, replace=False).tolist())]
-    parent, tokens = np.zeros(size, np.int32), rng.integers(0, 512, size).astype(np.int32)
+    parent, tokens = np.zeros(size, np.int32), rng.integers(0, vocab, size).astype(np.int32)
     for i in range(1, size):
         parent[i] = nodes[nodes.index(i) - 1] if i in nodes else rng.integers(max(0, i - 5), i)
     tokens[nodes] = path_tokens
@@ -89,9 +92,9 @@ def tree_around(path_tokens, size, rng):
 
 def check_bits(target, lengths):
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 512, 512).astype(np.int32)
+    tokens = rng.integers(0, target.vocab, 512).astype(np.int32)
     for length in lengths:
-        path = jnp.asarray(rng.integers(0, 512, PATH + 1), jnp.int32)
+        path = jnp.asarray(rng.integers(0, target.vocab, PATH + 1), jnp.int32)
         start = functools.partial(target.committed, tokens, length)
         plain, cache = [], start()
         for token in path:
@@ -101,7 +104,7 @@ def check_bits(target, lengths):
         chain, _ = target.logits(start(), DraftTree.chain(path[:PATH]))
         np.testing.assert_array_equal(chain, plain[:PATH], err_msg=f"chain behind {length} rows")
         for size in (16, 30, 60):
-            tree, nodes = tree_around(path[:PATH], size, rng)
+            tree, nodes = tree_around(path[:PATH], size, target.vocab, rng)
             logits, cache = target.logits(start(), tree)
             np.testing.assert_array_equal(logits[nodes], plain[:PATH], err_msg=f"tree of {size} behind {length} rows")
             following, _ = target.logits(target.keep(cache, jnp.asarray(nodes)), DraftTree.chain(path[PATH:]))
@@ -119,3 +122,21 @@ LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_
     ids=lambda value: value if isinstance(value, str) else str(value["hidden_size"]))
 def test_a_nodes_logits_have_the_bits_of_plain_decoding_on_gpu(precision, sizes):
     check_bits(Target(precision, **sizes), LENGTHS)
+
+
+class States(Target):
+    """The final states in the logits' place: an f32 product with the vocabulary promises no bits on a CPU."""
+
+    def loaded(self, precision, **sizes):
+        return sm.load(DATA / "checkpoints" / "fp16", precision=precision, expand=True)
+
+    def _run(self, params, cache, tree):
+        hidden, _, cache = self.module.apply(params, tree.tokens, cache, tree.depth, tree.mask)
+        return hidden, cache
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128"])
+def test_a_nodes_states_have_the_bits_of_plain_decoding_where_a_cpu_rounds_activations(precision):
+    target = States(precision)
+    assert target.module.format.rounds_activations
+    check_bits(target, (62, 130))
