@@ -8,7 +8,8 @@ Without --precision the checkpoint keeps the source's precision; GGUF's quantise
 import functools
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from checkpoints_tools.arrays import contiguous
 from checkpoints_tools.readers import Reader, open_source
 from specmq_jax import errors, formats
 from specmq_jax.checkpoint import (
@@ -29,7 +31,10 @@ from specmq_jax.checkpoint import (
     parameter_shapes,
 )
 from specmq_jax.errors import UserError
-from specmq_jax.formats import DenseFormat, Logical, Quantised, Weight, WeightFormat
+from specmq_jax.formats import Dense, DenseFormat, Logical, Quantised, Weight, WeightFormat
+
+_CHECKED_BYTES = 64 << 20
+"""Of values that are looked through at a time."""
 
 
 def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None) -> pathlib.Path:
@@ -47,10 +52,15 @@ def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precisi
     destination = pathlib.Path(destination)
     check_destination(destination)
     reader = open_source(source)
-    if reader.kind == "native" and wanted in (None, reader.formats.linear):
-        raise UserError(f"{source} is a native checkpoint of precision {reader.formats.linear.name} already; "
-                        "--precision=NAME makes another")
+    check_changed(reader, wanted)
     return write(reader, destination, target_formats(reader.formats, wanted))
+
+
+def check_changed(reader: Reader, wanted: WeightFormat | None) -> None:
+    """Raises a `UserError` where a conversion to `wanted` would copy a native checkpoint."""
+    if reader.kind == "native" and wanted in (None, reader.formats.linear):
+        raise UserError(f"{reader.location} is a native checkpoint of precision {reader.formats.linear.name} already; "
+                        "--precision=NAME makes another")
 
 
 def prepare(source: str | pathlib.Path) -> pathlib.Path:
@@ -63,14 +73,19 @@ def prepare(source: str | pathlib.Path) -> pathlib.Path:
     reader = open_source(source)
     if reader.kind == "native":
         return reader.location
+    name = reader.location.resolve().stem if reader.location.is_file() else pathlib.Path(str(source)).resolve().name
+    destination = cache_directory() / "converted" / f"{name}-{fingerprint(reader)[:12]}"
+    return write_once(reader, destination)
+
+
+def fingerprint(reader: Reader) -> str:
+    """Tells a source from others, and from itself once it has changed: by its path and its files' sizes and times."""
     key = hashlib.sha256(str(reader.location.resolve()).encode())
     configs = (reader.location / name for name in ("config.json", "quantize_config.json"))
     for file in (*reader.files, *configs):
         if file.exists():
             key.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    name = reader.location.resolve().stem if reader.location.is_file() else pathlib.Path(str(source)).resolve().name
-    destination = cache_directory() / "converted" / f"{name}-{key.hexdigest()[:12]}"
-    return write_once(reader, destination)
+    return key.hexdigest()
 
 
 def write_once(reader: Reader, destination: pathlib.Path, *, origin: str | None = None) -> pathlib.Path:
@@ -100,18 +115,19 @@ def target_formats(source: Formats, linear: WeightFormat | None) -> Formats:
     return Formats(linear=linear, head=head, embed=embed)
 
 
-def write(reader: Reader, destination: pathlib.Path, target: Formats, *, origin: str | None = None) -> pathlib.Path:
+def write(reader: Reader, destination: pathlib.Path, target: Formats, *, origin: str | None = None,
+          quantisation: Mapping[str, Any] | None = None) -> pathlib.Path:
     """Writes what `reader` reads, one weight at a time, in the formats `target`; shows progress on stderr.
 
-    `origin` is noted as the source's path where the reader's own is a passing one.
+    `origin` is noted as the source's path where the reader's own is a passing one, `quantisation` as in `CheckpointWriter`.
     """
-    source = {"kind": reader.kind, "name": reader.location.name, "path": origin or str(reader.location.absolute())}
     shapes = parameter_shapes(reader.llama)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with (Progress(*columns, console=Console(stderr=True)) as progress,
-          CheckpointWriter(destination, config=reader.config, formats=target, source=source) as writer):
+    with (progress_bar() as progress,
+          CheckpointWriter(destination, config=reader.config, formats=target, source=origin_of(reader, origin),
+                           quantisation=quantisation) as writer):
         task = progress.add_task(f"{reader.location.name} to {target.linear.name}", total=len(shapes))
         reader.save_tokenizer(writer.directory)
+        reader.save_rotation(writer.directory)
         for path in shapes:
             writer.add(path, pack(path, reader.read(path), target))
             progress.advance(task)
@@ -119,21 +135,38 @@ def write(reader: Reader, destination: pathlib.Path, target: Formats, *, origin:
     return destination
 
 
+def origin_of(reader: Reader, origin: str | None = None) -> dict[str, str]:
+    """What specmq.json says of the source; `origin` as in `write`."""
+    return {"kind": reader.kind, "name": reader.location.name, "path": origin or str(reader.location.absolute())}
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr with a description, a count and the time gone."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
 def pack(path: str, logical: Logical, target: Formats) -> Weight:
     """The weight for a path of `parameter_shapes` in its format there; values it can't hold are a `UserError`."""
     if path == "embed/table":
-        weight = np.asarray(logical).astype(target.embed.dtype)
+        weight = contiguous(np.asarray(logical), target.embed.dtype)
     elif path.endswith("/scale"):
-        weight = np.asarray(logical).astype(np.float32)
+        weight = contiguous(np.asarray(logical), np.float32)
     elif isinstance(logical, Quantised):
         weight = target.of(path).pack(logical)
+    elif isinstance(target.of(path), DenseFormat):
+        weight = Dense(contiguous(np.asarray(logical), target.of(path).dtype))
     else:
         weight = _pack_values(logical, target.of(path))
     weight = jax.device_get(weight)
     for leaf in jax.tree.leaves(weight):
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
             _explain_infinity(path, logical, leaf.dtype)
     return weight
+
+
+def _is_finite(values: Float[np.ndarray, "..."]) -> bool:
+    return all(np.isfinite(part).all() for part in np.array_split(values, -(-values.nbytes // _CHECKED_BYTES)))
 
 
 @functools.partial(jax.jit, static_argnames="target")

@@ -36,6 +36,7 @@ def describe(reader: Reader) -> Iterator[tuple[str, str]]:
     yield "precision", ", ".join(f"{part} {name}" for part, name in reader.formats.names.items())
     yield "tensors", "\n".join(f"{count} x {kind}, {nbytes:,} bytes" for kind, (count, nbytes) in sorted(counts.items()))
     yield "tokenizer", reader.tokenizer or "none"
+    yield "rotation", reader.rotation_file.name if reader.rotation_file else "none"
     yield "files", f"{len(reader.files)}, {sum(file.stat().st_size for file in reader.files):,} bytes"
 
 

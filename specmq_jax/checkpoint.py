@@ -97,7 +97,7 @@ def is_native(directory: str | pathlib.Path) -> bool:
 
 
 def read_metadata(directory: str | pathlib.Path) -> dict[str, Any]:
-    """Parses specmq.json: format_version, tool_version, formats, source, sha256 of the inputs, shards, files.
+    """Parses specmq.json: format_version, tool_version, formats, source, quantisation, sha256 of the inputs, shards, files.
 
     Raises:
       UserError: the file is absent, malformed, or of a later version than this program reads.
@@ -251,17 +251,19 @@ class CheckpointWriter:
     directory: pathlib.Path
 
     def __init__(self, destination: str | pathlib.Path, *, config: Mapping[str, Any], formats: Formats,
-                 source: Mapping[str, Any], shard_bytes: int = SHARD_BYTES):
+                 source: Mapping[str, Any], quantisation: Mapping[str, Any] | None = None, shard_bytes: int = SHARD_BYTES):
         """
         Args:
           destination: must not exist, or be an empty directory.
           config: contents of config.json.
           formats: that the weights given to `add` are in.
           source: what the model was made from, for specmq.json.
+          quantisation: how its weights were quantised, for specmq.json; None where nothing is to be said.
           shard_bytes: pending weights are written out once they pass this many bytes.
         """
         self.destination = pathlib.Path(destination)
         self._config, self._formats, self._source = dict(config), formats, dict(source)
+        self._quantisation = quantisation
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Any] = {}
         self._pending_bytes = 0
@@ -322,6 +324,7 @@ class CheckpointWriter:
             "tool_version": _tool_version(),
             "formats": self._formats.names,
             "source": self._source,
+            **({"quantisation": self._quantisation} if self._quantisation else {}),
             "sha256": self._sha256,
             "shards": self._shards,
             "files": {path.relative_to(self.directory).as_posix(): [path.stat().st_size, _checksum(path)]
@@ -367,8 +370,9 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
+    # weights hardly shrink (by 9 % in fp16), and compressing takes another copy in memory and most of the time
     with quiet():
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
 
 def _checksum(path: pathlib.Path) -> int:

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Reader(abc.ABC):
       stored: how each module is held, by the name it has there.
       files: that hold the weights.
       tokenizer: what kind there is, in words; None without one.
+      rotation_file: holds the matrix by which the weights were rotated; None where nothing says that they were.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class Reader(abc.ABC):
     stored: Mapping[str, Stored]
     files: Sequence[pathlib.Path]
     tokenizer: str | None
+    rotation_file: pathlib.Path | None = None
 
     @abc.abstractmethod
     def read(self, path: str) -> Logical:
@@ -54,6 +57,11 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         """Puts tokenizer files and generation_config.json, as far as there are any, into `directory`."""
+
+    def save_rotation(self, directory: pathlib.Path) -> None:
+        """Puts the rotation's file, where there is one, into `directory`: heads are adapted to a rotated model by it."""
+        if self.rotation_file:
+            shutil.copyfile(self.rotation_file, directory / self.rotation_file.name)
 
     def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
         """SHA-256 of the files by name; `advance` is told of the bytes read."""

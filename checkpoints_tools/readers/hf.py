@@ -18,6 +18,7 @@ from specmq_jax.errors import UserError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
                    "generation_config.json")
+ROTATION_FILES = ("rotation.safetensors", "rotation.pth", "rotation.pt", "rotation.bin")
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _GENERATED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
 
@@ -52,6 +53,7 @@ class HuggingFaceReader(ModuleReader):
         self._tensors = tensors or open_tensors(directory)
         self.files = self._tensors.files
         self.tokenizer = find_tokenizer(directory)
+        self.rotation_file = find_rotation(directory)
         self._expected: set[str] = set()
         self._locate()
         self._refuse_unknown_tensors()
@@ -109,6 +111,11 @@ def find_tokenizer(directory: pathlib.Path) -> str | None:
     """The name of the file that holds the directory's tokenizer, None without one."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     return next((name for name in names if (directory / name).is_file()), None)
+
+
+def find_rotation(directory: pathlib.Path) -> pathlib.Path | None:
+    """The file that holds the directory's rotation, None without one."""
+    return next((directory / name for name in ROTATION_FILES if (directory / name).is_file()), None)
 
 
 def copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from checkpoints_tools.readers.base import Reader, Stored
-from checkpoints_tools.readers.hf import copy_tokenizer, find_tokenizer
+from checkpoints_tools.readers.hf import copy_tokenizer, find_rotation, find_tokenizer
+from pallas_kernels.w4a16 import api as w4a16
 from specmq_jax.checkpoint import CheckpointReader
 from specmq_jax.config import read_json
-from specmq_jax.formats import Logical
+from specmq_jax.formats import Dense, GroupedInt4, Int4Group, Logical
 
 
 class NativeReader(Reader):
@@ -26,13 +27,19 @@ class NativeReader(Reader):
         self.formats = self._checkpoint.formats
         self.files = [directory / name for name in self._checkpoint.metadata["files"]]
         self.tokenizer = find_tokenizer(directory)
+        self.rotation_file = find_rotation(directory)
         self.stored = {path: self._stored(path, shape) for path, shape in self._checkpoint.shapes.items()}
 
     def read(self, path: str) -> Logical:
-        weight = self._checkpoint.read(path)
+        weight, shape = self._checkpoint.read(path), self._checkpoint.shapes[path]
         if isinstance(weight, jax.Array):
             return np.asarray(weight)
-        return self.formats.of(path).unpack(weight, self._checkpoint.shapes[path])
+        if isinstance(weight, Dense):
+            return np.asarray(weight.values)
+        if isinstance(weight, Int4Group):
+            q, scales, order = jax.device_get((w4a16.unpack(weight.packed, shape[0]), weight.scales, weight.order))
+            return GroupedInt4(q, scales, self.formats.of(path).group_size, order)
+        return self.formats.of(path).unpack(weight, shape)
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         copy_tokenizer(self.location, directory)

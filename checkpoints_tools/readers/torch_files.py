@@ -33,12 +33,12 @@ class TorchFiles(TensorFiles):
         self.headers = {name: _header(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        import torch
+        return _array(self._tensors[name])
 
-        tensor = self._tensors[name].detach()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16).copy()
-        return tensor.numpy().copy()
+
+def load_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of one file by name; one that is there by itself has the file's name. Errors as of `TorchFiles`."""
+    return {name: _array(tensor) for name, tensor in _load(file, alone=True).items()}
 
 
 def find_torch_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -55,7 +55,8 @@ def find_torch_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def _load(file: pathlib.Path) -> dict[str, Any]:
+def _load(file: pathlib.Path, *, alone: bool = False) -> dict[str, Any]:
+    """The tensors of a file, mapped; `alone` also lets it hold one tensor without a name."""
     try:
         import torch
     except ImportError:
@@ -68,6 +69,8 @@ def _load(file: pathlib.Path) -> dict[str, Any]:
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{file} can't be loaded as plain tensors, and nothing else is loaded because a pickle can run code: "
                         f"{reason.splitlines()[0][:160]}") from None
+    if alone and isinstance(loaded, torch.Tensor):
+        loaded = {file.stem: loaded}
     if not isinstance(loaded, dict) or not all(_is_plain(key, value) for key, value in loaded.items()):
         raise UserError(f"{file} can't be loaded as plain tensors: expected names with a tensor each")
     return loaded
@@ -77,6 +80,15 @@ def _is_plain(key: Any, value: Any) -> bool:
     import torch
 
     return isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
+def _array(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16).copy()
+    return tensor.numpy().copy()
 
 
 def _header(tensor: Any) -> TensorHeader:

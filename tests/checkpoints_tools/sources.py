@@ -1,6 +1,7 @@
 """Writes small checkpoints in the layouts that readers read, and logical weights to compare with."""
 
 import json
+import math
 import pathlib
 
 import gguf
@@ -82,6 +83,24 @@ def write_hf(directory: pathlib.Path, config: dict | None = None, tensors: dict[
         save_file({name: tensors[name] for name in names if weight_map[name] == file}, directory / file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return tensors
+
+
+def write_large(directory: pathlib.Path, config: dict) -> int:
+    """A checkpoint of f16 noise, written without holding it; returns its bytes."""
+    noise = (np.random.default_rng(0).standard_normal(4 << 20) * 0.02).astype(np.float16).tobytes()
+    header, offset = {}, 0
+    for name, shape in tensor_shapes(config).items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for start in range(0, offset, len(noise)):
+            file.write(noise[:offset - start])
+    return offset
 
 
 _GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -1,14 +1,11 @@
 """A model need not fit into host memory to be converted."""
 
-import json
-import math
 import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from sources import TINY, tensor_shapes
+from sources import TINY, write_large
 
 _PROGRAM = """
 import resource, sys
@@ -19,24 +16,6 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(sys.argv[1], sys.argv[2], sys.argv[3])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-
-
-def write_large(directory: pathlib.Path, config: dict) -> int:
-    """A checkpoint of f16 noise, written without holding it; returns its bytes."""
-    noise = (np.random.default_rng(0).standard_normal(4 << 20) * 0.02).astype(np.float16).tobytes()
-    header, offset = {}, 0
-    for name, shape in tensor_shapes(config).items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, offset, len(noise)):
-            file.write(noise[:offset - start])
-    return offset
 
 
 @pytest.mark.slow
