@@ -17,6 +17,9 @@ from specmq_jax.config import LlamaConfig
 from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed, Rows
 
+ROTATED_TARGET = "rotated_target"
+"""The entry of config.json by which an EAGLE-3 head says that it was made for a rotated target."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EagleConfig:
@@ -30,6 +33,7 @@ class EagleConfig:
       embed_size: width of the embedding table.
       bias: `fc` has one.
       rotated: the target's states are in a rotated basis, which `rotation` undoes before `fc` (the norm's weight folded in).
+      rotated_target: they are, whether `rotation` or, in EAGLE-3, `fc` undoes it.
       tied_head: logits come from the embedding table of a target with tied embeddings.
     """
 
@@ -40,6 +44,7 @@ class EagleConfig:
     embed_size: int
     bias: bool = False
     rotated: bool = False
+    rotated_target: bool = False
     tied_head: bool = False
 
     def capture(self, target_layers: int) -> tuple[int, ...]:
@@ -146,7 +151,9 @@ def eagle_config(head: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
     layer = dataclasses.replace(layer, vocab_size=scored)
     embed_size = tensors["embed_tokens.weight"][1] if "embed_tokens.weight" in tensors else target.hidden_size
     feature_size = tensors["fc.weight"][1] - (0 if version == 3 else embed_size)
+    rotated = "rms_norm_rotation.weight" in tensors
     return EagleConfig(
         version=version, layer=layer, feature_size=feature_size, vocab_size=target.vocab_size, embed_size=embed_size,
-        rotated="rms_norm_rotation.weight" in tensors, bias=version == 2 and "fc.bias" in tensors and head.get("bias", True),
+        rotated=rotated, rotated_target=rotated or (version == 3 and bool(head.get(ROTATED_TARGET))),
+        bias=version == 2 and "fc.bias" in tensors and head.get("bias", True),
         tied_head="lm_head.weight" not in tensors and target.tie_embeddings)

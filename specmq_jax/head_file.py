@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
-from specmq_jax.eagle import EagleConfig
+from specmq_jax.eagle import ROTATED_TARGET, EagleConfig
 from specmq_jax.errors import UserError
 from specmq_jax.model import Model
 
@@ -126,8 +126,10 @@ def check_shapes(directory: pathlib.Path, settings: Mapping[str, Any], tensors: 
         expected |= {**decoder_layer(f"layers.{i}.", hidden), f"layers.{i}.input_layernorm.weight": (hidden,)}
     own = {"embed_tokens.weight": (config.vocab_size, config.embed_size), "lm_head.weight": (layer.vocab_size, hidden)}
     if config.rotated:
+        expected["rms_norm_rotation.weight"] = (config.feature_size, config.feature_size)
+    if config.rotated_target:
         # the target's own tables are in the rotated basis, the head's states are not
-        expected |= {"rms_norm_rotation.weight": (config.feature_size, config.feature_size), **own}
+        expected |= own
     expected |= {name: shape for name, shape in own.items() if name in tensors}
     for name, shape in expected.items():
         if name not in tensors:
@@ -144,9 +146,10 @@ def check_basis(directory: pathlib.Path, tensors: Tensors, config: EagleConfig, 
     one times an orthogonal matrix: rows with other directions, and the same angles between them. A head without an
     embedding of its own tells nothing.
     """
-    plain = f"{directory} holds a head for a rotated target (tensor rms_norm_rotation.weight), and this target is not rotated"
+    sign = "tensor rms_norm_rotation.weight" if config.rotated else f"{ROTATED_TARGET} in config.json"
+    plain = f"{directory} holds a head for a rotated target ({sign}), and this target is not rotated"
     params = target.params["params"]
-    if config.rotated and not bool(jnp.all(params["norm"]["scale"] == 1)):
+    if config.rotated_target and not bool(jnp.all(params["norm"]["scale"] == 1)):
         raise UserError(plain)
     table = params["embed"]["table"]
     own = tensors.get("embed_tokens.weight")
@@ -157,13 +160,14 @@ def check_basis(directory: pathlib.Path, tensors: Tensors, config: EagleConfig, 
     used = ours.any(axis=1) & theirs.any(axis=1)
     ours, theirs = (side[used] / np.linalg.norm(side[used], axis=1, keepdims=True) for side in (ours, theirs))
     alike = float(np.mean(np.sum(ours * theirs, axis=1))) if used.any() else 0.0
-    if config.rotated and alike > 0.99:
+    if config.rotated_target and alike > 0.99:
         raise UserError(plain)
     angles, moved = theirs @ theirs.T, np.abs(ours @ ours.T - theirs @ theirs.T)
     between = ~np.eye(len(angles), dtype=bool)
-    if not config.rotated and alike < 0.5 and between.any() and moved[between].mean() < 0.1 * np.abs(angles[between]).mean():
+    turned = alike < 0.5 and between.any() and moved[between].mean() < 0.1 * np.abs(angles[between]).mean()
+    if turned and not config.rotated_target:
         raise UserError(f"{directory} holds a head whose embedding is this target's in another basis: one of the two is "
-                        "rotated and the other is not; take the head that was made for this target")
+                        "rotated and the other is not; adapt the head with python -m checkpoints_tools.convert_eagle_rotation")
 
 
 @contextlib.contextmanager
