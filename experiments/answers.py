@@ -15,6 +15,8 @@ from experiments.questions import Question
 from specmq_jax import metrics
 from specmq_jax.errors import UserError
 
+_WAY_OUT = "give another --output_dir, or --noresume to replace them"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -31,6 +33,7 @@ class Answer:
       accept_lengths: of all rounds of all turns.
       draft_accept_lengths: of the rounds inside a hierarchical drafter; empty for others and in files of other programs.
       cut: why turns are missing, None where none is.
+      model_id: what answered; empty in files of programs that don't say.
     """
 
     question_id: int | str
@@ -44,6 +47,7 @@ class Answer:
     accept_lengths: tuple[int, ...]
     draft_accept_lengths: tuple[int, ...]
     cut: str | None
+    model_id: str = ""
 
     @property
     def speed(self) -> float:
@@ -83,8 +87,12 @@ def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str
             "model_id": model_id, "tstamp": time.time(), "choices": [choice]}
 
 
-def read(path: pathlib.Path) -> list[Answer]:
-    """All answers of a finished file, SpecMQuant's own included.
+def read(path: pathlib.Path, *, unfinished: bool = False) -> list[Answer]:
+    """All answers of a file, SpecMQuant's own included.
+
+    Args:
+      path: the JSONL file.
+      unfinished: a run may have been killed, or be still writing: a last line without its end is passed over.
 
     Raises:
       UserError: the file can't be read, is empty, or a line is malformed (its number and fault are named).
@@ -93,6 +101,8 @@ def read(path: pathlib.Path) -> list[Answer]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the answer file {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    if unfinished and not _is_json(lines[-1]):
+        lines.pop()
     found = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise UserError(f"the answer file {path} holds no answers")
@@ -126,7 +136,7 @@ class AnswerFile:
           resume: keep the answers found there; else `start` removes them.
 
         Raises:
-          UserError: the answers found there were made with other settings, or can't be read.
+          UserError: the answers found there were made with other settings, are of two runs, or can't be read.
         """
         self.path = path
         self.sidecar = path.with_suffix(".settings.json")
@@ -138,6 +148,7 @@ class AnswerFile:
             self.found = read(path) if path.stat().st_size else []
         if self.found:
             self._check_settings()
+            self._check_one_run()
 
     @property
     def answered(self) -> set[int | str]:
@@ -164,18 +175,25 @@ class AnswerFile:
         self.measured = dict(measured)
         self._write_sidecar()
 
+    def _check_one_run(self) -> None:
+        seen: set[int | str] = set()
+        for answer in self.found:
+            if answer.question_id in seen:
+                raise UserError(f"{self.path} answers question {answer.question_id!r} twice, so that two runs were appended to "
+                                f"it; {_WAY_OUT}")
+            seen.add(answer.question_id)
+
     def _check_settings(self) -> None:
-        way_out = "give another --output_dir, or --noresume to replace them"
         try:
             kept = json.loads(self.sidecar.read_text(encoding="utf-8"))
             before, self.measured = kept["settings"], kept["measured"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} holds answers, and {self.sidecar.name}, which tells how they were made, is "
-                            f"missing or damaged; {way_out}") from None
+                            f"missing or damaged; {_WAY_OUT}") from None
         changes = [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
                    for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
         if changes:
-            raise UserError(f"{self.path} holds answers made with other settings ({'; '.join(changes)}); {way_out}")
+            raise UserError(f"{self.path} holds answers made with other settings ({'; '.join(changes)}); {_WAY_OUT}")
 
     def _write_sidecar(self) -> None:
         partial = self.sidecar.with_name(self.sidecar.name + ".part")
@@ -192,6 +210,14 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}; the answers it holds are kept, and the same command "
                         "goes on behind them") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _drop_unfinished_line(path: pathlib.Path) -> None:
@@ -212,7 +238,8 @@ def _parse(line: str, place: str) -> Answer:
             token_ids=tuple(tuple(ids) for ids in choice.get("token_ids", ())), new_tokens=tuple(choice["new_tokens"]),
             wall_time=tuple(choice["wall_time"]), prefill_time=tuple(choice.get("prefill_time", ())),
             accept_lengths=tuple(choice["accept_lengths"]),
-            draft_accept_lengths=tuple(choice.get("draft_accept_lengths", ())), cut=choice.get("cut"))
+            draft_accept_lengths=tuple(choice.get("draft_accept_lengths", ())), cut=choice.get("cut"),
+            model_id=str(found.get("model_id", "")))
     except KeyError as error:
         raise UserError(f"{place}: no answer of this format, {error.args[0]!r} is missing") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:

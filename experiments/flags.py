@@ -8,9 +8,12 @@ import jax
 from absl import flags
 
 from experiments import methods, questions
+from experiments.benchmark import MT_BENCH, PUBLISHED, Benchmark
+from experiments.questions import Question
 from specmq_jax import formats
 from specmq_jax.config import TreeConfig
 from specmq_jax.errors import UserError
+from specmq_jax.head import head_version
 from specmq_jax.sampling import Greedy, Sampling
 
 
@@ -38,9 +41,10 @@ def _by_device(field: str) -> str:
 _MODEL = flags.DEFINE_string(
     "model", None, "The target: a checkpoint directory, a GGUF file or a Hugging Face hub name. Default: the demo model "
     "SmolLM2-135M-Instruct, fetched on first use.")
-_METHOD = flags.DEFINE_enum("method", None, list(methods.NAMES), "One method to run; instead of --methods.")
+_METHOD = flags.DEFINE_enum("method", None, list(methods.METHODS), "One method to run; instead of --methods.")
 _METHODS = flags.DEFINE_list(
-    "methods", None, f"Methods to run one after another, of {', '.join(methods.NAMES)}. Speedups are over baseline. "
+    "methods", None, f"Methods to run one after another, of {', '.join(methods.METHODS)}. Speedups are over baseline; auto is "
+    "the method, with the tree or draft length, that the cost model predicts to be fastest, measured once. "
     "Default: all of them for the demo model, baseline,spec for others.")
 _DRAFTER = flags.DEFINE_string(
     "drafter", None, "The small model of methods spec and hier, given like --model. Default: the target's own weights "
@@ -73,15 +77,15 @@ _MIN_DRAFT_LENGTH = flags.DEFINE_integer(
 _DRAFT_MODEL_START = flags.DEFINE_bool(
     "draft_model_start", False, "The small model of method hier drafts each round's first token by itself.")
 _QUESTION_FILE = flags.DEFINE_string(
-    "question_file", None, "Questions, one JSON object a line: question_id, category, turns. Default: eight of the "
-    "package's own, two turns each.")
+    "question_file", None, "The benchmark's questions in its own format: JSON lines, gzip or parquet; or the word "
+    f"{PUBLISHED}, which downloads all of them. Default: a few of the package's own.")
 _QUESTION_BEGIN = flags.DEFINE_integer("question_begin", 0, "First question, counted from 0.", lower_bound=0)
 _QUESTION_END = flags.DEFINE_integer("question_end", None, "Question before which to end. Default: all.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, f"Tokens a turn at most. {_by_device('max_new_tokens')}", lower_bound=1)
+    "max_new_tokens", None, f"Tokens a turn at most. {_by_device('max_new_tokens')} GSM8K: 256, HumanEval: 512.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of prompt and output that the cache holds, at most the model's own limit. An answer ends "
-    f"where the cache is full. {_by_device('max_length')}", lower_bound=64)
+    f"where the cache is full. {_by_device('max_length')} GSM8K: 2048 on a CPU.", lower_bound=64)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy decoding.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many best tokens; 0 is all.", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest best tokens of this joint probability.", 0, 1)
@@ -109,6 +113,7 @@ class Settings:
       reproducible: as in `specmq_jax.DecodeConfig`.
       answer_file: None puts each method's answers into `output_dir`.
       models: the target and what drafts for it.
+      benchmark: what kind of questions they are, and how they are asked.
     """
 
     models: methods.Models
@@ -124,19 +129,32 @@ class Settings:
     output_dir: pathlib.Path
     answer_file: pathlib.Path | None = None
     resume: bool = True
+    benchmark: Benchmark = MT_BENCH
 
     def answers(self, method: str) -> pathlib.Path:
         """Where a method's answers go."""
         return self.answer_file or self.output_dir / f"{method}.jsonl"
 
+    def questions(self) -> list[Question]:
+        """The questions to be asked; errors as in `questions.load`."""
+        return questions.load(self.question_file, self.question_begin, self.question_end, parse=self.benchmark.parse)
 
-def settings(experiment: str) -> Settings:
-    """Reads the parsed flags; `experiment` begins the name of the default output directory.
+
+def settings(experiment: str, *, default: Sequence[str] | None = None, offered: Sequence[str] = (),
+             benchmark: Benchmark = MT_BENCH) -> Settings:
+    """Reads the parsed flags.
+
+    Args:
+      experiment: begins the name of the default output directory.
+      default: methods where no flag names any; None suits a comparison.
+      offered: methods that may be asked for later, for which the demo model's heads are named too.
+      benchmark: its sample and its lengths count where no flag gives others.
 
     Raises:
-      UserError: an unknown method or precision, or flags that contradict one another.
+      UserError: an unknown method or precision, flags that contradict one another, or published questions that can't be
+        downloaded.
     """
-    chosen = _methods()
+    chosen = _methods(default)
     if _ANSWER_FILE.value and len(chosen) > 1:
         raise UserError(f"--answer_file takes the answers of one method, and {','.join(chosen)} are to be run; give "
                         "--method=NAME, or --output_dir for several")
@@ -149,17 +167,40 @@ def settings(experiment: str) -> Settings:
         vocabulary=_VOCABULARY.value, vocabulary_size=_VOCABULARY_SIZE.value,
         min_draft_length=_MIN_DRAFT_LENGTH.value or default.min_draft_length, draft_model_start=_DRAFT_MODEL_START.value)
     sampling = _sampling()
-    if not models.eagle and models.target is None and any(methods.METHODS[method].versions for method in chosen):
-        models = dataclasses.replace(models, eagle=_demo_heads(chosen))
+    considered = tuple(dict.fromkeys([*chosen, *offered, *(fitting_methods() if methods.AUTO in chosen else ())]))
+    if not models.eagle and models.target is None and any(methods.METHODS[method].versions for method in considered):
+        models = dataclasses.replace(models, eagle=_demo_heads(considered))
     models.check(chosen)
-    return Settings(
-        models=models, methods=chosen, question_file=pathlib.Path(_QUESTION_FILE.value or questions.SMALL),
+    made = Settings(
+        models=models, methods=chosen, question_file=benchmark.question_file(_QUESTION_FILE.value),
         question_begin=_QUESTION_BEGIN.value, question_end=_QUESTION_END.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value or default.max_new_tokens,
-        max_length=_MAX_LENGTH.value or default.max_length, sampling=sampling, seed=_SEED.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value or benchmark.max_new_tokens or default.max_new_tokens,
+        max_length=_MAX_LENGTH.value or max(default.max_length, benchmark.max_length), sampling=sampling, seed=_SEED.value,
         reproducible=_REPRODUCIBLE.value,
         output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
-        answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value)
+        answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value,
+        benchmark=benchmark)
+    if methods.AUTO not in chosen:
+        return made
+    from experiments import auto  # measures, with this module's settings
+
+    return dataclasses.replace(made, models=dataclasses.replace(models, auto=auto.choose(made)))
+
+
+def one_method() -> str:
+    """The method that suits the models given, where only one runs."""
+    if _MODEL.value is None and _DRAFTER.value is None and not _EAGLE.value:
+        return "eagle3"
+    if _EAGLE.value:
+        return "hier" if _DRAFTER.value else f"eagle{head_version(_EAGLE.value[0])}"
+    return "spec" if _DRAFTER.value else "baseline"
+
+
+def refuse_others(used: Sequence[str], why: str) -> None:
+    """A flag of this module that was given and is not among `used` is a `UserError`, which says why."""
+    for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
+        if flag.present and flag.name not in used:
+            raise UserError(f"--{flag.name} has no use here: {why}")
 
 
 def no_arguments(argv: Sequence[str]) -> None:
@@ -168,13 +209,13 @@ def no_arguments(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options are spelled --name=value (--help lists them)")
 
 
-def _methods() -> tuple[str, ...]:
+def _methods(default: Sequence[str] | None) -> tuple[str, ...]:
     if _METHOD.value and _METHODS.value:
         raise UserError("--method and --methods were both given; choose one")
-    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or _default_methods())
+    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or default or _default_methods())
     for method in chosen:
-        if method not in methods.NAMES:
-            raise UserError(f"method {method!r} is not known; choose of {', '.join(methods.NAMES)}")
+        if method not in methods.METHODS:
+            raise UserError(f"method {method!r} is not known; choose of {', '.join(methods.METHODS)}")
     if len(set(chosen)) < len(chosen):
         raise UserError(f"--methods={','.join(chosen)} names a method twice")
     return chosen
@@ -183,6 +224,11 @@ def _methods() -> tuple[str, ...]:
 def _default_methods() -> tuple[str, ...]:
     if _MODEL.value:
         return "baseline", "spec"
+    return fitting_methods()
+
+
+def fitting_methods() -> tuple[str, ...]:
+    """All methods but, for a --drafter without a head of its own, hier: the demo model's heads fit no other small model."""
     heads_fit = _DRAFTER.value is None or _EAGLE.value
     return tuple(name for name in methods.NAMES if heads_fit or name != "hier")
 

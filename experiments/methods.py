@@ -16,6 +16,24 @@ from specmq_jax.memory import Plan
 from specmq_jax.model import Outline, outline
 from specmq_jax.planning import plan
 
+AUTO = "auto"
+"""The method that stands for the one which the cost model predicts to be the fastest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A method with the settings of its drafts; those that it has no use for don't matter.
+
+    Attributes:
+      method: its name.
+      tree, draft_length, min_draft_length: as in `Models`.
+    """
+
+    method: str
+    tree: sm.TreeConfig = sm.TreeConfig()
+    draft_length: int = 4
+    min_draft_length: int = 6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Models:
@@ -31,6 +49,7 @@ class Models:
       tree: shape of the head's tree.
       vocabulary, vocabulary_size: a ranked vocabulary, and how many of its tokens the head scores; None scores all.
       min_draft_length, draft_model_start: of the hierarchy, as in `specmq_jax.HierarchicalDrafter`.
+      auto: what method auto stands for, once the cost model has chosen.
     """
 
     target: str | None = None
@@ -44,6 +63,7 @@ class Models:
     vocabulary_size: int = 32768
     min_draft_length: int = 6
     draft_model_start: bool = False
+    auto: Choice | None = None
 
     @property
     def target_name(self) -> str:
@@ -115,7 +135,15 @@ class Workbench:
 
     def decoder(self, method: str) -> sm.Decoder:
         """Loads what the method drafts with, if anything."""
-        return sm.Decoder(self.target, drafter=METHODS[method].drafter(self), config=self.config)
+        return sm.Decoder(self.target, drafter=self.drafter(method), config=self.config)
+
+    def drafter(self, method: str, choice: Choice | None = None) -> sm.Drafter:
+        """Loads what the method drafts with, if anything; `choice` holds other settings for its drafts than `models`."""
+        models = self.models
+        if choice is None:
+            choice = Choice(method=method, tree=models.tree, draft_length=models.draft_length,
+                            min_draft_length=models.min_draft_length)
+        return METHODS[method].drafter(self, choice)
 
     def plan(self, methods: Sequence[str]) -> Plan:
         """The device memory that the decoders of these methods take together.
@@ -123,7 +151,7 @@ class Workbench:
         Raises:
           UserError: what a method drafts with can't be read, or doesn't fit the target.
         """
-        return plan(self.target, [METHODS[method].drafter(self) for method in methods], self.config)
+        return plan(self.target, [self.drafter(method) for method in methods], self.config)
 
     @functools.cached_property
     def small_model(self) -> sm.Model:
@@ -136,7 +164,7 @@ class Workbench:
                             "a draft model of the target's family")
         return draft
 
-    def tree_drafter(self, verifier: sm.Model, method: str) -> sm.EagleDrafter:
+    def tree_drafter(self, verifier: sm.Model, method: str, tree: sm.TreeConfig) -> sm.EagleDrafter:
         """An EAGLE drafter for the model that verifies its trees."""
         models = self.models
         head = (outline_head if self._is_outline else sm.load_head)(models.head(method), verifier)
@@ -145,7 +173,7 @@ class Workbench:
             if size != verifier.config.vocab_size:
                 raise UserError(f"{models.vocabulary} ranks {size} tokens, the model has {verifier.config.vocab_size}")
             head = cut_vocabulary(head, ranked, models.vocabulary_size)
-        return sm.EagleDrafter(head, tree=models.tree)
+        return sm.EagleDrafter(head, tree=tree)
 
     @property
     def _is_outline(self) -> bool:
@@ -185,37 +213,47 @@ class Method:
       small_model: a small model, by default the target's own weights at fewer bits, drafts for the target.
     """
 
-    drafter: Callable[[Workbench], sm.Drafter]
+    drafter: Callable[[Workbench, Choice], sm.Drafter]
     settings: tuple[str, ...] = ()
     versions: tuple[int, ...] = ()
     small_model: bool = False
 
 
-def _plain(bench: Workbench) -> sm.NoDrafter:
-    del bench
+def _plain(bench: Workbench, choice: Choice) -> sm.NoDrafter:
+    del bench, choice
     return sm.NoDrafter()
 
 
-def _chain(bench: Workbench) -> sm.ChainDrafter:
-    return sm.ChainDrafter(bench.small_model, length=bench.models.draft_length)
+def _chain(bench: Workbench, choice: Choice) -> sm.ChainDrafter:
+    return sm.ChainDrafter(bench.small_model, length=choice.draft_length)
 
 
-def _eagle(method: str) -> Callable[[Workbench], sm.EagleDrafter]:
-    return lambda bench: bench.tree_drafter(bench.target, method)
+def _eagle(bench: Workbench, choice: Choice) -> sm.EagleDrafter:
+    return bench.tree_drafter(bench.target, choice.method, choice.tree)
 
 
-def _hierarchical(bench: Workbench) -> sm.HierarchicalDrafter:
-    inner = bench.tree_drafter(bench.small_model, "hier")
-    return sm.HierarchicalDrafter(bench.small_model, inner, bench.models.min_draft_length, bench.models.draft_model_start)
+def _hierarchical(bench: Workbench, choice: Choice) -> sm.HierarchicalDrafter:
+    inner = bench.tree_drafter(bench.small_model, choice.method, choice.tree)
+    return sm.HierarchicalDrafter(bench.small_model, inner, choice.min_draft_length, bench.models.draft_model_start)
+
+
+def _chosen(bench: Workbench, choice: Choice) -> sm.Drafter:
+    del choice
+    found = bench.models.auto
+    if found is None:
+        raise ValueError("method auto needs `Models.auto`, which `experiments.auto` fills in")
+    return bench.drafter(found.method, found)
 
 
 _TREE = ("tree", "vocabulary", "vocabulary_size")
 METHODS: Mapping[str, Method] = {
     "baseline": Method(drafter=_plain),
     "spec": Method(drafter=_chain, settings=("drafter", "draft_precision", "draft_length"), small_model=True),
-    "eagle2": Method(drafter=_eagle("eagle2"), settings=_TREE, versions=(2,)),
-    "eagle3": Method(drafter=_eagle("eagle3"), settings=_TREE, versions=(3,)),
+    "eagle2": Method(drafter=_eagle, settings=_TREE, versions=(2,)),
+    "eagle3": Method(drafter=_eagle, settings=_TREE, versions=(3,)),
     "hier": Method(drafter=_hierarchical, settings=("drafter", "draft_precision", *_TREE, "min_draft_length",
                                                     "draft_model_start"), versions=(2, 3), small_model=True),
+    AUTO: Method(drafter=_chosen, settings=("auto", "eagle", "drafter", "draft_precision", "vocabulary", "vocabulary_size",
+                                            "draft_model_start")),
 }
-NAMES = tuple(METHODS)
+NAMES = tuple(name for name in METHODS if name != AUTO)

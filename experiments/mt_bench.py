@@ -1,23 +1,24 @@
 """MT-Bench dialogues, decoded plainly and speculatively: python -m experiments.mt_bench
 
-Without flags: the demo model on eight questions of the package's own, baseline and spec, into results/.
+Without flags: the demo model on eight questions of the package's own, into results/. --question_file=published downloads
+the 80.
 """
 
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from experiments import flags, report, runner
+from experiments import benchmark_command, flags
+from experiments.benchmark import MT_BENCH as BENCHMARK
 from specmq_jax import errors
 
 absl_flags.adopt_module_key_flags(flags)
+absl_flags.adopt_module_key_flags(benchmark_command)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and reports."""
-    flags.no_arguments(argv)
-    settings = flags.settings("mt_bench")
-    report.report(settings, runner.run(settings))
+    benchmark_command.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from experiments import comparison, methods, plots
 from experiments.answers import Answer
 from experiments.flags import Settings
 from experiments.runner import Result
+from experiments.scoring import Score, score_file
+from experiments.tables import NO_VALUE
 from specmq_jax import metrics
 from specmq_jax.sampling import Greedy, Sampling
 
-NO_VALUE = "-"
 _LABEL_WIDTH, _BAR_COLUMN_WIDTH = 33, 16
 """Of the table's columns with bars in them, borders included."""
 
@@ -34,6 +35,7 @@ def report(settings: Settings, results: Sequence[Result], console: Console | Non
     plots.plot(summary, settings.output_dir / "plot.png")
     print_table(summary, console)
     written = [str(settings.answers(result.method)) for result in results]
+    written += [str(score_file(settings.answers(result.method))) for result in results if result.score]
     written += [str(settings.output_dir / name) for name in ("summary.json", "plot.png")]
     console.print(f"Wrote {', '.join(written)}", highlight=False, markup=False, soft_wrap=True)
 
@@ -50,7 +52,8 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
     Times are in seconds, bandwidths in bytes a second; the histogram counts, at index i, rounds that accepted i + 1
     tokens; the depth acceptance is, at index i, the share of the rounds which accepted i drafts that accepted another (a
     round whose drafts ended there counts as one that did not). Turns are compared with the baseline's while their prompts
-    are the same. Figures relative to the baseline are None where it did not run.
+    are the same. Figures relative to the baseline are None where it did not run. Tasks are there where the benchmark has
+    some, a score where answers were judged.
     """
     base = next((result for result in results if result.method == "baseline"), None)
     expanded = settings.models.drafter is None and results[0].measured["device"].startswith("CPU")
@@ -64,6 +67,7 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
         "turns": sum(len(answer.new_tokens) for answer in results[0].answers),
         "question_file": settings.question_file.name,
         "methods": {result.method: _figures(result, base) | {
+            "tasks": _tasks(result, base, settings.benchmark.task) if settings.benchmark.task else {},
             "expanded_drafter": expanded and methods.METHODS[result.method].small_model} for result in results},
     }
 
@@ -84,6 +88,10 @@ def print_table(summary: Summary, console: Console) -> None:
         values = [show(summary, method) for method in figures.values()]
         if any(value != NO_VALUE for value in values):
             table.add_row(name.format(**summary), *values)
+    table.add_section()
+    for task in figures[next(iter(figures))]["tasks"]:
+        kind, show = _TASK_ROWS[any(method["speedup"] for method in figures.values())]
+        table.add_row(f"{kind}, {task}", *(show(method["tasks"][task]) for method in figures.values()))
     table.add_section()
     longest = max(len(method["accept_histogram"]) for method in figures.values())
     bars = _LABEL_WIDTH + _BAR_COLUMN_WIDTH * len(figures) <= console.width
@@ -131,14 +139,28 @@ def _figures(result: Result, base: Result | None) -> dict[str, Any]:
         "new_tokens": sum(sum(answer.new_tokens) for answer in found), "wall_time": seconds,
         "categories": {category: statistics.fmean(_speeds(group)) for category, group in by_category(found).items()},
         "cut": sum(answer.cut is not None for answer in found),
+        "score": _score(result.score) if result.score else None,
     }
 
 
-def by_category(found: Sequence[Answer]) -> dict[str, list[Answer]]:
-    """The answers of each category, in order of first appearance."""
+def _score(score: Score) -> dict[str, Any]:
+    return {"metric": score.metric, "share": score.share, "right": score.right, "answered": len(score.verdicts)}
+
+
+def _tasks(result: Result, base: Result | None, task: Callable[[str], str]) -> dict[str, dict[str, Any]]:
+    grouped, bases = by_category(result.answers, task), by_category(base.answers, task) if base else {}
+    return {name: {
+        "questions": len(group), "tokens_per_second": statistics.fmean(_speeds(group)),
+        "speedup": metrics.speedup(_speeds(group), _speeds(bases[name])) if base else None,
+        "mean_accept_length": metrics.mean_accept_length([length for answer in group for length in answer.accept_lengths]),
+    } for name, group in grouped.items()}
+
+
+def by_category(found: Sequence[Answer], task: Callable[[str], str] = str) -> dict[str, list[Answer]]:
+    """The answers of each category, or of each task that `task` counts categories to, in order of first appearance."""
     groups: dict[str, list[Answer]] = {}
     for answer in found:
-        groups.setdefault(answer.category, []).append(answer)
+        groups.setdefault(task(answer.category), []).append(answer)
     return groups
 
 
@@ -180,7 +202,7 @@ def _words(sampling: Greedy | Sampling) -> str:
     return f"temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}"
 
 
-def _identical(share: float | None) -> str:
+def identical(share: float | None) -> str:
     """Rounded down, so that only all is 100%."""
     return NO_VALUE if share is None else f"{math.floor(1000 * share) / 10:g}%"
 
@@ -195,13 +217,32 @@ def _milliseconds(key: str) -> Callable[[Summary, Summary], str]:
     return lambda summary, method: f"{1e3 * method[key]:.2f}" if method[key] else NO_VALUE
 
 
+def _scored(metric: str) -> Callable[[Summary, Summary], str]:
+    def show(summary: Summary, method: Summary) -> str:
+        del summary
+        score = method["score"]
+        return f"{score['share']:.1%}" if score and score["metric"] == metric else NO_VALUE
+
+    return show
+
+
+def _speedup(figures: Summary) -> str:
+    return f"{figures['speedup']:.2f}x" if figures["speedup"] else NO_VALUE
+
+
+_TASK_ROWS: Mapping[bool, tuple[str, Callable[[Summary], str]]] = {
+    True: ("speedup", _speedup), False: ("tokens/s", lambda figures: f"{figures['tokens_per_second']:.1f}")}
+"""What is shown of each task, with a baseline and without."""
+
 _ROWS: Mapping[str, Callable[[Summary, Summary], str]] = {
+    "accuracy": _scored("accuracy"),
+    "pass@1": _scored("pass@1"),
     "tokens/s": lambda summary, method: f"{method['tokens_per_second']:.1f}",
-    "speedup": lambda summary, method: f"{method['speedup']:.2f}x" if method["speedup"] else NO_VALUE,
+    "speedup": lambda summary, method: _speedup(method),
     "mean accept length": lambda summary, method: f"{method['mean_accept_length']:.2f}",
     "accept length inside drafter": lambda summary, method: (
         f"{method['mean_draft_accept_length']:.2f}" if method["mean_draft_accept_length"] else NO_VALUE),
-    "answers identical to baseline": lambda summary, method: _identical(method["identical_share"]),
+    "answers identical to baseline": lambda summary, method: identical(method["identical_share"]),
     "turns comparable with it": _comparable,
     "largest gap at a difference": lambda summary, method: (
         NO_VALUE if method["largest_gap"] is None else f"{method['largest_gap']:.2g}"),

@@ -4,18 +4,22 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import jax
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import answers, comparison, methods, questions
+from experiments import answers, comparison, methods, questions, stop_strings
 from experiments.answers import Answer, AnswerFile, Turn
+from experiments.benchmark import MT_BENCH, Bench, Benchmark
 from experiments.flags import Settings
-from experiments.progress import progress
+from experiments.progress import Reporter, progress
 from experiments.questions import Question
+from experiments.scoring import Score
 from specmq_jax import metrics
+from specmq_jax import tokenizer as tokens
 from specmq_jax.errors import UserError
 from specmq_jax.memory import Plan
 from specmq_jax.sampling import Greedy
@@ -23,17 +27,37 @@ from specmq_jax.sampling import Greedy
 Measured = Mapping[str, Any]
 
 
-class Bench(Protocol):
-    """The part of `methods.Workbench` that a runner uses."""
+class Show(Protocol):
+    """How a method's progress is shown, as `progress` does."""
 
-    max_length: int
-    precision: str
+    def __call__(self, console: Console, method: str, *, total: int, done: int) -> AbstractContextManager[Reporter]: ...
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
 
-    def text(self, token_ids: Sequence[int]) -> str: ...
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Desk:
+    """A bench as one benchmark uses it."""
 
-    def decoder(self, method: str) -> sm.Decoder: ...
+    bench: Bench
+    benchmark: Benchmark
+
+    @property
+    def max_length(self) -> int:
+        return self.bench.max_length
+
+    @property
+    def precision(self) -> str:
+        return self.bench.precision
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.benchmark.encode(self.bench, messages)
+
+    def answer(self, decoder: sm.Decoder, prompt: Sequence[int], max_new_tokens: int) -> Turn:
+        if self.benchmark.stop_strings:
+            generation = stop_strings.generate(decoder, prompt, max_new_tokens, self.benchmark.stop_strings,
+                                               lambda ids: tokens.decode(self.bench.tokenizer, ids))
+        else:
+            generation = decoder.generate(prompt, max_new_tokens=max_new_tokens)
+        return Turn(prompt_tokens=len(prompt), generation=generation, text=self.benchmark.text(self.bench, generation))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +69,13 @@ class Result:
       answers: one a question.
       measured: what `_measure` returns; where greedy answers differ from the baseline's, also "differences", which
         `comparison.measure` returns.
+      score: of the answers; None where they were not scored.
     """
 
     method: str
     answers: tuple[Answer, ...]
     measured: Measured
+    score: Score | None = None
 
 
 def load(settings: Settings, *, only_outline: bool = False) -> methods.Workbench:
@@ -64,7 +90,8 @@ def plan(settings: Settings, needed: Sequence[str]) -> Plan:
 
 
 def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
-        plan: Callable[[Settings, Sequence[str]], Plan] = plan, console: Console | None = None) -> list[Result]:
+        plan: Callable[[Settings, Sequence[str]], Plan] = plan, console: Console | None = None, show: Show = progress
+        ) -> list[Result]:
     """Answers every question with every method; each answer is on the disk before the next question begins.
 
     The device memory that this takes is printed before a model is loaded.
@@ -77,16 +104,17 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
       load: loads the target and makes decoders.
       plan: the device memory that decoders of some methods take.
       console: where progress goes, by default stderr.
+      show: how a method's progress is shown there.
 
     Raises:
       UserError: what is wrong with questions, output directory or answers found there, or too little device memory,
         before a model is loaded; a first turn longer than the cache, before the first question is answered.
     """
     console = console or Console(stderr=True)
-    asked = questions.load(settings.question_file, settings.question_begin, settings.question_end)
+    asked = settings.questions()
     for directory in {settings.output_dir, settings.answers(settings.methods[0]).parent}:
         answers.check_directory(directory)
-    files = {method: AnswerFile(settings.answers(method), _identity(settings, method, asked), resume=settings.resume)
+    files = {method: AnswerFile(settings.answers(method), identity(settings, method, asked), resume=settings.resume)
              for method in settings.methods}
     for method, file in files.items():
         if file.found:
@@ -99,14 +127,15 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
         memory.check()
         bandwidth = metrics.device_bandwidth()
         bench = load(settings)
-        _check_first_turns(asked, bench)
+        desk = _Desk(bench=bench, benchmark=settings.benchmark)
+        _check_first_turns(asked, desk)
         # every drafter is loaded, and may turn out not to fit, before the first question
         decoders = {method: bench.decoder(method) for method in needed}
         for method, decoder in decoders.items():
             if not files[method].measured:
-                _run_method(settings, method, decoder, asked, files[method], bench, bandwidth, console)
+                _run_method(settings, method, decoder, asked, files[method], desk, bandwidth, console, show)
             for file in _differing(settings, files):
-                found = comparison.measure(file.found, files["baseline"].found, asked, bench.encode, decoder.next_logits)
+                found = comparison.measure(file.found, files["baseline"].found, asked, desk.encode, decoder.next_logits)
                 file.finish({**file.measured, "differences": found})
     return [Result(method=method, answers=tuple(file.found), measured=file.measured) for method, file in files.items()]
 
@@ -125,78 +154,77 @@ def _differing(settings: Settings, files: Mapping[str, AnswerFile]) -> list[Answ
 
 
 def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
-                bench: Bench, bandwidth: float, console: Console) -> None:
+                desk: _Desk, bandwidth: float, console: Console, show: Show) -> None:
     waiting = [question for question in asked if question.id not in file.answered]
-    with progress(console, method, total=len(asked), done=len(file.found)) as reporter:
+    with show(console, method, total=len(asked), done=len(file.found)) as reporter:
         reporter.doing("compiling")
-        _warm_up(decoder, bench, asked, settings.max_new_tokens)
+        _warm_up(decoder, desk, asked, settings.max_new_tokens)
         reporter.doing("answering")
         file.start()
-        model_id = f"{settings.models.target_name}-{bench.precision}-{method}"
+        model_id = f"{settings.models.target_name}-{desk.precision}-{method}"
         for question in waiting:
-            turns, cut = _converse(decoder, bench, question, settings.max_new_tokens)
+            turns, cut = _converse(decoder, desk, question, settings.max_new_tokens)
             reporter.answered(file.append(answers.record(question, turns, model_id=model_id, cut=cut)))
             if cut:
                 reporter.note(f"question {question.id} ends early: {cut}")
         reporter.doing("timing the phases of a round")
-        file.finish(_measure(decoder, bench, asked, file.found, bandwidth))
+        file.finish(_measure(decoder, desk, asked, file.found, bandwidth))
         reporter.doing("done")
 
 
-def _converse(decoder: sm.Decoder, bench: Bench, question: Question, max_new_tokens: int
+def _converse(decoder: sm.Decoder, desk: _Desk, question: Question, max_new_tokens: int
               ) -> tuple[list[Turn], str | None]:
     """The turns of one dialogue, and why some are missing, if any are."""
     turns: list[Turn] = []
     for _ in question.turns:
-        prompt = bench.encode(question.messages([turn.text for turn in turns]))
-        if turns and len(prompt) >= bench.max_length:
+        prompt = desk.encode(question.messages([turn.text for turn in turns]))
+        if turns and len(prompt) >= desk.max_length:
             return turns, (f"turn {len(turns) + 1} has a prompt of {len(prompt)} tokens, the cache holds "
-                           f"{bench.max_length}")
-        generation = decoder.generate(prompt, max_new_tokens=max_new_tokens)
-        turns.append(Turn(prompt_tokens=len(prompt), generation=generation, text=bench.text(generation.tokens)))
+                           f"{desk.max_length}")
+        turns.append(desk.answer(decoder, prompt, max_new_tokens))
     return turns, None
 
 
-def _first_prompt(question: Question, bench: Bench) -> list[int]:
-    return bench.encode(question.messages([]))
+def _first_prompt(question: Question, desk: _Desk) -> list[int]:
+    return desk.encode(question.messages([]))
 
 
-def _check_first_turns(asked: Sequence[Question], bench: Bench) -> None:
+def _check_first_turns(asked: Sequence[Question], desk: _Desk) -> None:
     for question in asked:
-        length = len(_first_prompt(question, bench))
-        if length >= bench.max_length:
+        length = len(_first_prompt(question, desk))
+        if length >= desk.max_length:
             raise UserError(f"the first turn of question {question.id!r} has {length} tokens, the cache holds "
-                            f"{bench.max_length} with at least one new token; raise --max_length (at most the model's "
+                            f"{desk.max_length} with at least one new token; raise --max_length (at most the model's "
                             "own limit) or leave the question out")
 
 
-def _warm_up(decoder: sm.Decoder, bench: Bench, asked: Sequence[Question], max_new_tokens: int) -> None:
+def _warm_up(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], max_new_tokens: int) -> None:
     """Compiles whatever the questions will need."""
-    longest = max(sum(len(bench.encode([{"role": "user", "content": said}])) for said in question.turns)
+    longest = max(sum(len(desk.encode([{"role": "user", "content": said}])) for said in question.turns)
                   + (len(question.turns) - 1) * max_new_tokens for question in asked)
-    prompt = _first_prompt(asked[0], bench)
-    room = bench.max_length - 2
+    prompt = _first_prompt(asked[0], desk)
+    room = desk.max_length - 2
     for shorter, length in zip((0, *decoder.prefill_chunks), decoder.prefill_chunks, strict=False):
         if shorter < min(longest, room):
             decoder.generate((prompt * length)[:min(length, room)], max_new_tokens=2)
 
 
-def _measure(decoder: sm.Decoder, bench: Bench, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float
+def _measure(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float
              ) -> dict[str, Any]:
     """What a report needs beside the answers: seconds of the phases, bytes, the device and the versions."""
-    prompt = _first_prompt(asked[0], bench)[:bench.max_length // 2]
+    prompt = _first_prompt(asked[0], desk)[:desk.max_length // 2]
     phases = decoder.phase_times(prompt)
     live_length = round(statistics.fmean(length + new / 2 for answer in found
                                          for length, new in zip(answer.prompt_tokens, answer.new_tokens, strict=True)))
     return {
         "device": metrics.device_name(), "device_bandwidth": bandwidth, "jax": jax.__version__,
-        "precision": bench.precision, "max_length": bench.max_length, "phase_prompt_tokens": len(prompt),
+        "precision": desk.precision, "max_length": desk.max_length, "phase_prompt_tokens": len(prompt),
         "prefill": phases.prefill, "draft": phases.draft, "verify": phases.verify, "round": phases.round,
         "live_length": live_length, "bytes_per_round": int(decoder.bytes_per_round(live_length)),
     }
 
 
-def _identity(settings: Settings, method: str, asked: Sequence[Question]) -> dict[str, Any]:
+def identity(settings: Settings, method: str, asked: Sequence[Question]) -> dict[str, Any]:
     """What decides a method's answers and their times, for the answer file's sidecar."""
     models = settings.models
     return {
@@ -206,6 +234,7 @@ def _identity(settings: Settings, method: str, asked: Sequence[Question]) -> dic
                      f"{settings.question_begin + len(asked)} {questions.digest(asked)}",
         "max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length,
         "sampling": repr(settings.sampling), "seed": settings.seed, "device": metrics.device_name(),
+        **({"benchmark": settings.benchmark.name} if settings.benchmark != MT_BENCH else {}),
         "jax": jax.__version__, **({"reproducible": True} if settings.reproducible else {}),
         **({"eagle": _place(models.head(method))} if methods.METHODS[method].versions else {}),
         **{field: _recorded(getattr(models, field)) for field in methods.METHODS[method].settings}}
