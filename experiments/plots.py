@@ -1,14 +1,56 @@
-"""Pictures of a run."""
+"""Pictures of a run, of a comparison and of a sweep."""
 
+import dataclasses
+import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = ("#8c8c8c", "#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
 """Grey for the first method, the baseline of a default run."""
+_MORE_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf")
+PLAIN = "plain"
+"""The series of decoding without a drafter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One bar of a chart of speedups.
+
+    Attributes:
+      group: what it stands with on the axis, for example a precision.
+      series: `PLAIN`, or what drafts.
+      speedup: over the chart's base.
+      relative: over the group's plain bar; None for that bar, and where there is none.
+    """
+
+    group: str
+    series: str
+    speedup: float
+    relative: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """One panel of a figure of heat maps.
+
+    Attributes:
+      title: above it.
+      x, y: what the axes are.
+      columns, rows: the axes' values.
+      values: one for each (row, column); a place without one stays empty.
+    """
+
+    title: str
+    x: str
+    y: str
+    columns: tuple[int | str, ...]
+    rows: tuple[int | str, ...]
+    values: Mapping[tuple[int | str, int | str], float]
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -24,9 +66,7 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
         _accept_lengths(axes[1], speculating, colors)
         _depths(axes[2], speculating, colors)
     for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.yaxis.grid(True, color="#e5e5e5")
-        panel.set_axisbelow(True)
+        _clean(panel)
     figure.suptitle(f"{summary['model']} at {summary['precision']} on {summary['device']}", fontsize=11)
     figure.savefig(path, dpi=150)
 
@@ -69,3 +109,81 @@ def _depths(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) 
     panel.set_xlabel("draft's depth")
     panel.set_ylabel("% of rounds that came so far")
     panel.set_title("Acceptance by depth", fontsize=10)
+
+
+def plot_speedups(bars: Sequence[Bar], path: pathlib.Path, *, base: str, title: str) -> None:
+    """Draws each bar's speedup over `base`, the relative one printed above, as figure 1 of arXiv:2505.22179 does.
+
+    Args:
+      bars: groups in order of their first bars; plain ones come first in each.
+      path: the file, whose suffix says what kind of picture it is.
+      base: what has a speedup of 1.
+      title: above the chart.
+    """
+    groups = {name: [bar for bar in bars if bar.group == name] for name in dict.fromkeys(bar.group for bar in bars)}
+    series = sorted(dict.fromkeys(bar.series for bar in bars), key=lambda name: name != PLAIN)
+    palette = itertools.cycle((*COLORS[1:], *_MORE_COLORS))
+    colors = {name: COLORS[0] if name == PLAIN else next(palette) for name in series}
+    figure = Figure(figsize=(max(5.0, 1.2 + 0.4 * len(groups) + 0.6 * len(bars)), 4.2), layout="constrained")
+    panel = figure.subplots()
+    for name in series:
+        mine = [(i, present, bar) for i, present in enumerate(groups.values()) for bar in present if bar.series == name]
+        drawn = panel.bar([_place(i, bar, present, series) for i, present, bar in mine], [bar.speedup for _, _, bar in mine],
+                          width=0.8 / len(series), color=colors[name], edgecolor="white", label=name)
+        panel.bar_label(drawn, [f"{bar.relative or bar.speedup:.2f}x" for _, _, bar in mine], padding=2, fontsize=8,
+                        fontweight="bold" if any(bar.relative for _, _, bar in mine) else "normal")
+    panel.axhline(1, color="#333333", linewidth=0.8, linestyle=":")
+    panel.set_xticks(range(len(groups)), list(groups))
+    panel.set_xlim(-0.6, len(groups) - 0.4)
+    panel.set_ylim(0, max(bar.speedup for bar in bars) * 1.12)
+    panel.set_ylabel(f"speedup over {base}")
+    if any(bar.relative for bar in bars):
+        panel.set_title("bold: relative to plain decoding of the same model and precision", fontsize=9)
+    _clean(panel)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=min(len(series), 5))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _place(group: int, bar: Bar, present: Sequence[Bar], series: Sequence[str]) -> float:
+    """Where a bar stands: the ones of a group side by side around its tick, without gaps for series that it lacks."""
+    order = sorted(series.index(other.series) for other in present)
+    return group + (order.index(series.index(bar.series)) - (len(order) - 1) / 2) * 0.8 / len(series)
+
+
+def plot_heat_maps(maps: Sequence[HeatMap], path: pathlib.Path, *, unit: str, title: str) -> None:
+    """Draws the panels side by side, three in a row at most, each with its values in its fields, as a PNG."""
+    across = min(len(maps), 3)
+    down = -(-len(maps) // across)
+    wide = max(0.75 * len(heat.columns) for heat in maps) + 1.6
+    high = max(0.45 * len(heat.rows) for heat in maps) + 1.2
+    figure = Figure(figsize=(max(5.0, wide * across), max(2.6, high * down + 0.4)), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel, heat in zip(panels, maps, strict=False):
+        _heat(panel, heat, figure, unit)
+    for panel in panels[len(maps):]:
+        panel.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _heat(panel: Axes, heat: HeatMap, figure: Figure, unit: str) -> None:
+    values = np.array([[heat.values.get((row, column), np.nan) for column in heat.columns] for row in heat.rows])
+    image = panel.imshow(values, cmap="viridis", aspect="auto", origin="lower")
+    darkest_bright = np.nanmin(values) + 0.6 * (np.nanmax(values) - np.nanmin(values))
+    for (y, x), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            panel.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8,
+                       color="black" if value > darkest_bright else "white")
+    panel.set_xticks(range(len(heat.columns)), [str(column) for column in heat.columns])
+    panel.set_yticks(range(len(heat.rows)), [str(row) for row in heat.rows])
+    panel.set_xlabel(heat.x)
+    panel.set_ylabel(heat.y)
+    panel.set_title(heat.title, fontsize=10)
+    figure.colorbar(image, ax=panel, label=unit)
+
+
+def _clean(panel: Axes) -> None:
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.yaxis.grid(True, color="#e5e5e5")
+    panel.set_axisbelow(True)
