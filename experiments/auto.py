@@ -1,0 +1,134 @@
+"""What method `auto` stands for: the setting that the cost model predicts to be fastest, kept in the cache directory.
+
+It is measured where it isn't known yet for this device, these models and precisions, and this sampling.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import json
+import pathlib
+import uuid
+from typing import Any
+
+import jax
+from rich.console import Console
+
+import specmq_jax as sm
+from experiments import cost_model, methods, questions, runner
+from experiments.benchmark import MT_BENCH
+from experiments.flags import Settings
+from experiments.methods import Choice
+from specmq_jax import metrics
+from specmq_jax.checkpoint import cache_directory
+from specmq_jax.errors import UserError
+
+_LEAST_LENGTH = 512
+"""Tokens of the cache that acceptance is seen with; the package's questions and their answers fit."""
+
+
+def choose(settings: Settings, console: Console | None = None) -> Choice:
+    """The fastest of the methods that the models given allow.
+
+    Args:
+      settings: whose models, sampling and cache are to be used; their questions don't matter.
+      console: where progress goes, by default stderr.
+
+    Raises:
+      UserError: a target that can't be loaded, too little device memory.
+    """
+    console = console or Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(f"auto: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    about = _about(settings)
+    path = _file(about)
+    choice = _kept(path)
+    if choice is None:
+        asked = dataclasses.replace(
+            settings, methods=_possible(settings, say), benchmark=MT_BENCH, question_file=questions.SMALL, question_begin=0,
+            question_end=None, max_new_tokens=64 if _on_cpu() else 128, max_length=max(settings.max_length, _LEAST_LENGTH))
+        choice = Choice(method="baseline")
+        if len(asked.methods) > 1:
+            say(f"measuring {', '.join(asked.methods)} once for this device, kept in {path}")
+            choice = _measure(asked, say)
+        _keep(path, {"about": about, "choice": dataclasses.asdict(choice)})
+    say(cost_model.describe(choice))
+    return choice
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _possible(settings: Settings, say: cost_model.Say) -> tuple[str, ...]:
+    """Methods whose models are given and fit together, and that can be of use."""
+    expanded = _on_cpu() and settings.models.drafter is None
+    found = []
+    for method in methods.NAMES:
+        if expanded and methods.METHODS[method].small_model:
+            say(f"{method} is left out: on a CPU a copy of the target at fewer bits is no faster than the target")
+            continue
+        try:
+            settings.models.check([method])
+            runner.plan(settings, [method]).check()
+        except UserError as error:
+            if method == "baseline":
+                raise
+            say(f"{method} is left out: {error}")
+        else:
+            found.append(method)
+    return tuple(found)
+
+
+def _measure(settings: Settings, say: cost_model.Say) -> Choice:
+    bench = runner.load(settings)
+    try:
+        return cost_model.study(settings, bench, cost_model.bounds(), say).best().choice
+    finally:
+        del bench
+        jax.clear_caches()  # jitted functions hold on to their decoders, and these to the weights
+        gc.collect()
+
+
+def _about(settings: Settings) -> dict[str, Any]:
+    """What decides which setting is fastest."""
+    models = dataclasses.asdict(dataclasses.replace(settings.models, auto=None))
+    places = [models["target"], models["drafter"], models["vocabulary"], *models["eagle"]]
+    return {"models": models, "files": {place: _stamp(place) for place in places if place}, "sampling": repr(settings.sampling),
+            "reproducible": settings.reproducible, "device": metrics.device_name(), "jax": jax.__version__}
+
+
+def _stamp(place: str) -> str:
+    """A path's absolute name and the newest change below it; of a hub name, the name."""
+    path = pathlib.Path(place)
+    if not path.exists():
+        return place
+    newest = max(file.stat().st_mtime_ns for file in (path, *(path.iterdir() if path.is_dir() else ())))
+    return f"{path.resolve()} {newest}"
+
+
+def _file(about: dict[str, Any]) -> pathlib.Path:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_directory() / "cost_model" / f"{digest}.json"
+
+
+def _kept(path: pathlib.Path) -> Choice | None:
+    """What an earlier call kept; a damaged file counts as none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["choice"]
+        choice = Choice(**(found | {"tree": sm.TreeConfig(**found["tree"])}))
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return choice if choice.method in methods.NAMES else None
+
+
+def _keep(path: pathlib.Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}; name another cache directory in $SPECMQ_CACHE") from None

@@ -1,0 +1,198 @@
+"""Predicts the fastest settings on this machine: python -m experiments.cost_model
+
+Measures T_t, T_d and T_v(n), sees in one run what drafts the target accepts, and computes the time a token takes,
+T_avg = (d T_d + T_v(n)) / tau(n, d), for every depth and size of trees, for every chain and for the hierarchy. The method
+`auto` of the other experiments takes what is best.
+
+Acceptance is seen on the first turns of the questions. --tree_top_k holds for all trees. Of --tree_depth, --tree_size,
+--draft_length and --min_draft_length, whole rounds are timed, and the others' times follow from theirs.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+from rich.console import Console
+from rich.table import Table
+
+import specmq_jax as sm
+from experiments import cost_plots, flags, methods, runner
+from experiments.answers import check_directory
+from experiments.cost_study import Bounds, Findings, Study
+from experiments.flags import Settings
+from experiments.methods import Choice, Workbench
+from experiments.report import NO_VALUE, stdout
+from experiments.step_costs import Ladder, Say
+from specmq_jax import errors, formats, metrics
+from specmq_jax.errors import UserError
+
+_USED = ("model", "method", "methods", "drafter", "precision", "draft_precision", "draft_length", "eagle", "tree_depth",
+         "tree_top_k", "tree_size", "vocabulary", "vocabulary_size", "min_draft_length", "draft_model_start", "question_file",
+         "question_begin", "question_end", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "seed",
+         "reproducible", "output_dir")
+# kernels take rows in tiles of 8, 16 and 32, behind the end of each of which the time leaps
+_CPU_ROWS, _GPU_ROWS = (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 60, 64)
+
+
+def bounds(*, nodes: int | None = None, depth: int | None = None, draft_tokens: int | None = None, runs: int = 10) -> Bounds:
+    """What suits the device where nothing is given.
+
+    Args:
+      nodes: of a tree at most, the root counted.
+      depth: of a tree at most.
+      draft_tokens: of a small model's drafts at most, or in the hierarchy before the last inner round.
+      runs: of each timed loop.
+    """
+    cpu = jax.default_backend() == "cpu"
+    depth, draft_tokens = depth or (5 if cpu else 8), draft_tokens or (5 if cpu else 10)
+    rows = _CPU_ROWS if cpu else _GPU_ROWS
+    if nodes:
+        rows = (*(n for n in rows if n < nodes), nodes)
+    ladder = Ladder(rows=rows, depths=_rungs(depth), lengths=_rungs(draft_tokens), runs=runs)
+    return Bounds(ladder=ladder, min_draft_length=draft_tokens)
+
+
+def _rungs(most: int) -> tuple[int, ...]:
+    return tuple(sorted({1, (most + 1) // 2, most}))
+
+
+def study(settings: Settings, bench: Workbench, limits: Bounds, say: Say, precisions: Sequence[str] = ()) -> Findings:
+    """Measures and predicts the methods that the settings name.
+
+    Raises:
+      UserError: as in `Study`.
+    """
+    prompts = [bench.encode(question.messages([])) for question in settings.questions()]
+    wanted = [method for method in settings.methods if method != methods.AUTO]
+    return Study(bench, limits, prompts, settings.max_new_tokens, say).run(wanted, precisions)
+
+
+def measured(settings: Settings, bench: Workbench, choices: Sequence[Choice]) -> dict[str, float]:
+    """Tokens a second that each method's setting really makes on the first turns, by method.
+
+    The settings take turns at each question, so that a device that grows slower or faster does so for all.
+    """
+    prompts = [bench.encode(question.messages([])) for question in settings.questions()]
+    decoders = {choice.method: sm.Decoder(bench.target, bench.drafter(choice.method, choice), bench.config)
+                for choice in choices}
+    for decoder in decoders.values():
+        for prompt in prompts:
+            decoder.generate(prompt, 2)  # compiles
+    tokens, seconds = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0.0)
+    for prompt in prompts:
+        for method, decoder in decoders.items():
+            generation = decoder.generate(prompt, settings.max_new_tokens)
+            tokens[method] += len(generation.tokens) - 1  # the first comes with the prompt
+            seconds[method] += generation.seconds
+    return {method: tokens[method] / seconds[method] for method in decoders}
+
+
+def describe(choice: Choice) -> str:
+    """The flags that ask for a setting."""
+    tree = choice.tree
+    trees = f"--tree_depth={tree.depth} --tree_top_k={tree.top_k} --tree_size={tree.size}"
+    match choice.method:
+        case "baseline":
+            return "--method=baseline"
+        case "spec":
+            return f"--method=spec --draft_length={choice.draft_length}"
+        case "hier":
+            return f"--method=hier {trees} --min_draft_length={choice.min_draft_length}"
+    return f"--method={choice.method} {trees}"
+
+
+def table(findings: Findings, real: Mapping[str, float]) -> Table:
+    """Each method's best setting; `real` holds measured tokens/s by method, where they were measured."""
+    result = Table()
+    names = ["", "tokens/s", "speedup", "tau", "inner tau", "round, ms"]
+    if real:
+        names += ["measured", "off by", "speedup", "off by"]
+    for name in names:
+        result.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for method in findings.methods:
+        best = findings.best(method)
+        row = [method, f"{best.tokens_per_second:.1f}", f"{best.speedup:.2f}x", f"{best.accept_length:.2f}",
+               f"{best.inner_accept_length:.2f}" if best.inner_accept_length else NO_VALUE, f"{1e3 * best.seconds:.2f}"]
+        if real:
+            speedup = real[method] / real["baseline"]
+            row += [f"{real[method]:.1f}", f"{best.tokens_per_second / real[method] - 1:+.1%}", f"{speedup:.2f}x",
+                    f"{best.speedup / speedup - 1:+.1%}"]
+        result.add_row(*row)
+    return result
+
+
+def summary(settings: Settings, bench: Workbench, findings: Findings, real: Mapping[str, float]) -> dict[str, Any]:
+    """Everything that was found, as JSON values: seconds, tokens a round, tokens/s."""
+    return {
+        "device": metrics.device_name(), "jax": jax.__version__, "model": settings.models.target_name,
+        "precision": bench.precision, "answers": findings.answers, "tokens": findings.tokens,
+        "sampling": repr(settings.sampling), "top_k": settings.models.tree.top_k,
+        "verify": {name: dict(zip(map(str, curve.at), curve.seconds, strict=True)) for name, curve in findings.verify.items()},
+        "best": dataclasses.asdict(findings.best().choice), "measured_tokens_per_second": dict(real),
+        "predictions": [{**dataclasses.asdict(p), "tokens_per_second": p.tokens_per_second} for p in findings.predictions]}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, measures, predicts and prints."""
+    flags.no_arguments(argv)
+    flags.refuse_others(_USED, "the cost model writes no answers")
+    given, console, progress = absl_flags.FLAGS, stdout(), Console(stderr=True)
+    settings = flags.settings("cost_model")
+    if methods.AUTO in settings.methods:
+        raise UserError("the cost model is what chooses for method auto; leave it out of --methods")
+    precisions = [formats.get(name).name for name in given.precisions]
+    check_directory(settings.output_dir)
+    limits = bounds(nodes=given.most_nodes, depth=given.most_depth, draft_tokens=given.most_draft_tokens, runs=given.runs)
+    limits.check()
+
+    def say(text: str) -> None:
+        progress.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    memory = runner.plan(settings, settings.methods)
+    say(memory.describe())
+    memory.check()
+    bench = runner.load(settings)
+    findings = study(settings, bench, limits, say, precisions)
+    real: dict[str, float] = {}
+    if given.check:
+        say("running each method's best setting")
+        real = measured(settings, bench, [findings.best(method).choice for method in findings.methods])
+    found = summary(settings, bench, findings, real)
+    _write(settings.output_dir, found, findings)
+    console.print(f"{found['device']} | {found['model']} at {found['precision']} | {found['answers']} answers, "
+                  f"{found['tokens']} tokens", highlight=False, markup=False, soft_wrap=True)
+    console.print(table(findings, real))
+    console.print(f"Fastest: {describe(findings.best().choice)}\nWrote {settings.output_dir / 'cost_model.json'}, "
+                  f"{settings.output_dir / 'cost_model.png'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(directory: pathlib.Path, found: Mapping[str, Any], findings: Findings) -> None:
+    partial = directory / "cost_model.json.part"
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.replace(directory / "cost_model.json")
+    cost_plots.plot(findings, f"{found['model']} on {found['device']}", directory / "cost_model.png")
+
+
+def declare_flags() -> None:
+    """Declares the command's flags; not at import, where they would clash with those of other commands."""
+    for name in _USED:
+        absl_flags.declare_key_flag(name)
+    absl_flags.DEFINE_integer("most_nodes", None, "Nodes of the largest tree that is looked at, the root counted. Default: "
+                              f"{_CPU_ROWS[-1]} on a CPU, {_GPU_ROWS[-1]} on a GPU.", lower_bound=2)
+    absl_flags.DEFINE_integer("most_depth", None, "Levels of the deepest tree. Default: 5 on a CPU, 8 on a GPU.",
+                              lower_bound=1)
+    absl_flags.DEFINE_integer("most_draft_tokens", None, "Largest --draft_length and --min_draft_length that are looked at. "
+                              "Default: 5 on a CPU, 10 on a GPU.", lower_bound=1)
+    absl_flags.DEFINE_integer("runs", 10, "Runs of each timed loop, of about 40 ms each.", lower_bound=1)
+    absl_flags.DEFINE_list("precisions", [], "Further precisions of the target whose T_v(n) is measured and drawn.")
+    absl_flags.DEFINE_bool("check", False, "Also run each method's best setting, and say how far off the predictions "
+                           "of tokens/s and speedup were.")
+
+
+if __name__ == "__main__":
+    declare_flags()
+    errors.run(main)
