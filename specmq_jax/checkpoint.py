@@ -27,7 +27,7 @@ from specmq_jax.errors import UserError
 from specmq_jax.formats import DenseFormat, Weight, WeightFormat
 
 METADATA_FILE = "specmq.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_BYTES = 128 << 20
 _BLOCK_BYTES = 8 << 20
 
@@ -94,6 +94,11 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def is_native(directory: str | pathlib.Path) -> bool:
     """Whether `directory` is a native checkpoint, sound or not."""
     return (pathlib.Path(directory) / METADATA_FILE).is_file()
+
+
+def cached_checkpoints() -> pathlib.Path:
+    """Where conversions on first use are kept, apart from those that a program of another format version made."""
+    return cache_directory() / f"checkpoints-{FORMAT_VERSION}"
 
 
 def read_metadata(directory: str | pathlib.Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class NativeReader(Reader):
             return np.asarray(weight.values)
         if isinstance(weight, Int4Group):
             q, scales, order = jax.device_get((w4a16.unpack(weight.packed, shape[0]), weight.scales, weight.order))
-            return GroupedInt4(q, scales, self.formats.of(path).group_size, order)
+            return GroupedInt4(q, scales.astype(np.float16), self.formats.of(path).group_size, order)
         return self.formats.of(path).unpack(weight, shape)
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:

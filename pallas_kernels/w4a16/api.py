@@ -39,7 +39,8 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[A
     Args:
       x: f16, bf16 or f32 [M, K].
       packed: int32[ceil(K / 128) * 16, N], from `pack`.
-      scales: f16[ceil(K / group_size), N], of either sign; f16[1, N] when group_size is -1.
+      scales: f32 or f16 [ceil(K / group_size), N], [1, N] when group_size is -1; f16's values, of either sign. Loads of four
+        bytes alone can be asked for ahead of time.
       group_size: 32, 64 or 128 rows of K, or -1 for one group a column.
       out_dtype: default x's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
@@ -111,8 +112,8 @@ def _check(x: Array, packed: Array, scales: Array, group_size: int) -> None:
     inner = x.shape[1]
     _check_packed(packed, inner)
     expected = (1 if group_size == -1 else -(-inner // group_size), packed.shape[1])
-    if scales.shape != expected or scales.dtype != jnp.float16:
-        raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float16{list(expected)} for "
+    if scales.shape != expected or scales.dtype not in (jnp.float16, jnp.float32):
+        raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float32 or float16 {list(expected)} for "
                          f"K = {inner} and group_size {group_size}")
 
 

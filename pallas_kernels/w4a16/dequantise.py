@@ -4,6 +4,8 @@ A 4-bit code or-ed into the mantissa of 1024.0 (f16) or 128.0 (bf16) is that num
 arXiv:2211.10017); subtracting the base and the zero point leaves q - 8 exactly.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
@@ -12,13 +14,16 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.w4a16.layout import NIBBLES, PLANES, ZERO
 
 
-def planes_of(words: Int32[Array, "R C"], dtype: jnp.dtype, *, inline_asm: bool) -> list[Float[Array, "R C"]]:
+def planes_of(words: Int32[Array, "R C"], dtype: jnp.dtype, beside: Sequence[Float[Array, "R C"]] = (), *, inline_asm: bool
+              ) -> list[Float[Array, "R C"]]:
     """The planes q - 8 of a block in `dtype` (f16 or bf16), in order of K.
 
-    `inline_asm` handles two weights an instruction and compiles for NVIDIA GPUs only; the other form runs everywhere.
+    `inline_asm` handles two weights an instruction and compiles for NVIDIA GPUs only; the other form runs everywhere. It
+    reads the f32 arrays `beside` and does not use them: Triton asks ahead of time for those loads alone that a product's
+    operand depends on.
     """
     if inline_asm:
-        return [_plane_in_ptx(words, nibble, dtype) for nibble in NIBBLES]
+        return [_plane_in_ptx(words, nibble, dtype, () if nibble else beside) for nibble in NIBBLES]
     base, exponent = (1024, 0x64006400) if dtype == jnp.float16 else (128, 0x43004300)
     offset = jnp.asarray(base + ZERO, dtype)
     planes = []
@@ -46,7 +51,8 @@ def _join(a: Array, b: Array, axis: int) -> Array:
     return jnp.transpose(jnp.stack([a, b], axis=-1), between).reshape(shape)
 
 
-def _plane_in_ptx(words: Int32[Array, "R C"], nibble: int, dtype: jnp.dtype) -> Float[Array, "R C"]:
+def _plane_in_ptx(words: Int32[Array, "R C"], nibble: int, dtype: jnp.dtype, beside: Sequence[Float[Array, "R C"]]
+                  ) -> Float[Array, "R C"]:
     """One plane, two words at a time.
 
     The same half of both words is gathered first, so that the result is a pair of neighbours in the operand of the
@@ -66,7 +72,7 @@ def _plane_in_ptx(words: Int32[Array, "R C"], nibble: int, dtype: jnp.dtype) -> 
         shift, exponent = 4 * place, "0x43004300"
     shifted = f"shr.u32 t, t, {shift};" if shift else ""
     asm = f"{{ .reg .b32 t, c, o; {gather} {shifted} lop3.b32 t, t, {mask}, {exponent}, 0xea; {finish} }}"
-    [plane] = plgpu.elementwise_inline_asm(asm, args=[words], constraints="=r,r,r", pack=2,
+    [plane] = plgpu.elementwise_inline_asm(asm, args=[words, *beside], constraints="=r,r,r" + ",f,f" * len(beside), pack=2,
                                            result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)])
     return plane
 

@@ -36,6 +36,7 @@ class Config:
         on Hopper, and up to 8 rows of x its narrower right one, which halves registers and products.
       scale_planes: scales the weights, in f16, instead of each group's f32 partial product: fewer registers and one
         uninterrupted accumulation, worth its roundings (2^-12 of a weight) from about 32 rows on; f16 activations only.
+      pipelined_scales: loads f32 scales together with their weights, `num_stages` ahead; else with the iteration before.
       least_rows: of x in a product, 8 or 16, where `transposed` allows 8. A warpgroup's product has no fewer than 16 here, so
         that 8 are multiplied by another instruction, which may round in another order.
       inline_asm: dequantises in PTX, two weights an instruction; never in interpret mode.
@@ -48,6 +49,7 @@ class Config:
     num_stages: int = 4
     transposed: bool = False
     scale_planes: bool = False
+    pipelined_scales: bool = False
     least_rows: int = 8
     inline_asm: bool = True
 
@@ -79,7 +81,7 @@ def heuristic(rows: int, inner: int, columns: int) -> Config:
     split_k = max(1, min(programs // pl.cdiv(columns, block_n), blocks // 2, 12))
     # A warpgroup's product wants 64 columns; below that, and beyond 8 rows, the weights do better on the right.
     return Config(block_n=block_n, split_k=split_k, num_warps=max(1, min(warps, block_n // 32)), num_stages=3,
-                  transposed=rows <= 8 or block_n >= 64)
+                  transposed=rows <= 8 or block_n >= 64, pipelined_scales=rows <= 32)
 
 
 def candidates(rows: int, inner: int, columns: int) -> list[Config]:
@@ -93,8 +95,9 @@ def candidates(rows: int, inner: int, columns: int) -> list[Config]:
         shapes = [{"block_n": block_n, "num_warps": warps, "transposed": True, "scale_planes": scaled}
                   for block_n, warps in ((128, 4), (256, 4), (256, 8)) for scaled in (True, False)]
         warps_in_flight = 400, 2400
-    configs = [Config(**shape, split_k=split_k, num_stages=stages) for shape, split_k, stages in
-               itertools.product(shapes, (1, 2, 3, 4, 6, 8, 12, 16), (3, 4))]
+    configs = [Config(**shape, split_k=split_k, num_stages=stages, pipelined_scales=pipelined)
+               for shape, split_k, stages, pipelined in
+               itertools.product(shapes, (1, 2, 3, 4, 6, 8, 10, 12, 16), (3, 4), (True, False))]
     warps = {config: pl.cdiv(columns, config.block_n) * config.split_k * config.num_warps for config in configs
              if shares(inner, config) == config.split_k}
     least, most = min(warps_in_flight[0], max(warps.values())), max(warps_in_flight[1], min(warps.values()))
@@ -121,6 +124,8 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
     column_axis, row_axis = (0, 1) if config.transposed else (1, 0)
     inline_asm = config.inline_asm and not interpret
     scale_planes = config.scale_planes and x_ref.dtype == jnp.float16
+    pipelined_scales = (config.pipelined_scales and inline_asm and group_size != -1
+                        and scales_ref.dtype == jnp.float32)
     group_planes = PLANES if group_size == -1 else group_size // PLANE_ROWS
 
     def along(index: Array, axis: int) -> Array:
@@ -156,11 +161,12 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
         word = block * PLANE_ROWS + jnp.arange(PLANE_ROWS)
         packed = load(packed_ref, along(word, row_axis), along(column, column_axis),
                       both(column_mask, column_axis, word < words if ragged_share else None))
-        planes = planes_of(packed, x_ref.dtype, inline_asm=inline_asm)
+        beside = [jnp.broadcast_to(along(scale, column_axis), packed.shape) for scale in scales] if pipelined_scales else []
+        planes = planes_of(packed, x_ref.dtype, beside, inline_asm=inline_asm)
         for group in range(PLANES // group_planes):
             own = planes[group * group_planes:(group + 1) * group_planes]
             if scales and scale_planes:
-                own = [plane * along(scales[group], column_axis) for plane in own]
+                own = [plane * along(scales[group].astype(plane.dtype), column_axis) for plane in own]
             k = block * BLOCK + group * group_planes * PLANE_ROWS + jnp.arange(group_planes * PLANE_ROWS)
             mask = both(row_mask, row_axis, k < inner if ragged_inner else None)
             part = product(load(x_ref, along(row, row_axis), along(k, column_axis), mask), joined(own, row_axis))
@@ -177,8 +183,11 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
 
     def step(iteration: Array, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
         total, scales = carry
-        # The next iteration's scales are asked for before this one's weights are used: no pipeline does it for them.
-        following = scales_at(iteration + 1)
+        if pipelined_scales:
+            scales, following = scales_at(iteration), []
+        else:
+            # The next iteration's scales are asked for before this one's weights are used: no pipeline does it for them.
+            following = scales_at(iteration + 1)
         first = (share * iterations + iteration) * blocks_each
         for offset in range(blocks_each):
             total = add_block(first + offset, total, scales[offset] if scales else [])
@@ -186,7 +195,7 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
 
     shape = (block_m(rows, config), config.block_n)
     zeros = jnp.zeros(shape[::-1] if config.transposed else shape, jnp.float32)
-    total, _ = jax.lax.fori_loop(0, iterations, step, (zeros, scales_at(jnp.int32(0))))
+    total, _ = jax.lax.fori_loop(0, iterations, step, (zeros, [] if pipelined_scales else scales_at(jnp.int32(0))))
     if group_size == -1:
         total *= along(scales_of(jnp.int32(0))[0].astype(jnp.float32), column_axis)
     plgpu.store(out_ref.at[share * rows + along(row, row_axis), along(column, column_axis)],

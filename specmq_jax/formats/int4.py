@@ -14,7 +14,8 @@ from specmq_jax.formats.logical import GroupedInt4, Logical, dense_values
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4Group:
-    """packed: i32[ceil128(K) / 8, N] in `pallas_kernels.w4a16`'s layout; scales: f16[groups, N].
+    """packed: i32[ceil128(K) / 8, N] in `pallas_kernels.w4a16`'s layout; scales: f32[groups, N], f16's values,
+    which a GPU loads ahead of time when they are four bytes wide.
 
     order: i32[K], the input that each row multiplies; None where row k multiplies input k.
     """
@@ -50,7 +51,7 @@ class Int4GroupFormat(WeightFormat):
         rows, columns = shape
         packed_rows = -(-rows // 128) * 16
         return Int4Group(jax.ShapeDtypeStruct((packed_rows, columns), jnp.int32),
-                         jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float16),
+                         jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float32),
                          jax.ShapeDtypeStruct((rows,), jnp.int32) if self.act_order else None)
 
     def pack(self, logical: Logical) -> Int4Group:
@@ -60,7 +61,7 @@ class Int4GroupFormat(WeightFormat):
             (q, scales), order = self.round_to_nearest(dense_values(logical).astype(jnp.float32)), None
         if self.act_order:
             order = jnp.arange(len(q), dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-        return Int4Group(w4a16.pack(q), scales, order)
+        return Int4Group(w4a16.pack(q), scales.astype(jnp.float32), order)
 
     def _same_groups(self, logical: GroupedInt4) -> bool:
         if logical.order is not None and not self.act_order:

@@ -8,6 +8,7 @@ from sources import TINY, random_tensors, write_gguf, write_hf
 from checkpoints_tools import demo_model
 from checkpoints_tools.convert import convert
 from checkpoints_tools.readers.base import sha256
+from specmq_jax.checkpoint import cached_checkpoints
 from specmq_jax import checkpoint
 from specmq_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def test_without_a_network_one_line_says_what_to_do(cache, monkeypatch):
 def test_once_prepared_no_network_is_needed(cache, tmp_path, monkeypatch):
     no_network(monkeypatch)
     write_hf(tmp_path / "source")
-    made = convert(tmp_path / "source", cache / "demo" / "SmolLM2-135M-Instruct")
+    made = convert(tmp_path / "source", cached_checkpoints() / "demo" / "SmolLM2-135M-Instruct")
     assert demo_model.prepare() == made
 
 

@@ -170,7 +170,7 @@ def test_names_the_offending_array():
         matmul(x.astype(jnp.int32), packed, scales, group_size=64)
     with pytest.raises(ValueError, match=r"packed is int32\[16, 8\]; expected int32\[32, N\] for K = 200"):
         matmul(x, packed[:16], scales, group_size=64)
-    with pytest.raises(ValueError, match=r"scales are float16\[4, 8\]; expected float16\[2, 8\] for K = 200 and group"):
+    with pytest.raises(ValueError, match=r"scales are float16\[4, 8\]; expected float32 or float16 \[2, 8\] for K = 200"):
         matmul(x, packed, scales, group_size=128)
     with pytest.raises(ValueError, match="group_size is 48; expected one of"):
         matmul(x, packed, scales, group_size=48)

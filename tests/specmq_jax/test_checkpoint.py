@@ -126,7 +126,7 @@ def test_sizes_that_do_not_fit_the_tensors(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "part"), [
-    (lambda m: m | {"format_version": 2}, "format_version 2"),
+    (lambda m: m | {"format_version": 1}, "format_version 1"),
     (lambda m: {key: value for key, value in m.items() if key != "formats"}, "lacks 'formats'"),
     (lambda m: m | {"formats": {"linear": "fp16"}}, "lacks the precision of 'head'"),
     (lambda m: m | {"formats": m["formats"] | {"linear": "w2"}}, "precision 'w2' is not known"),
