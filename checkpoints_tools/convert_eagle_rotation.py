@@ -14,7 +14,7 @@ from absl import flags
 from jaxtyping import Float
 
 from checkpoints_tools.convert import arguments
-from checkpoints_tools.readers import Reader, open_source
+from checkpoints_tools.readers import Reader, hub, open_source
 from checkpoints_tools.readers.hf import open_tensors
 from checkpoints_tools.rotation_file import load_rotation
 from checkpoints_tools.shards import save_tensors
@@ -40,7 +40,7 @@ def convert_head(eagle: str | pathlib.Path, base: str | pathlib.Path, rotation: 
       UserError: a head that does not fit the base or is adapted already, a rotated base, what `load_rotation` raises, or an
         output that is taken.
     """
-    eagle, output = pathlib.Path(eagle), pathlib.Path(output)
+    eagle, output = hub.local(str(eagle)), pathlib.Path(output)
     check_destination(output)
     reader = open_source(base)
     if reader.rotation_file:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("eagle", None, "Directory of a head in the official layout, made for the base as it is.")
+    flags.DEFINE_string("eagle", None, "Directory or hub name of a head in the official layout, made for the base as it is.")
     flags.DEFINE_string("base", None, "The head's target before its rotation; anything that checkpoints_tools.convert reads.")
     flags.DEFINE_string("rotation", None, "The rotated checkpoint, or its rotation's file (.safetensors, .pth, .pt, .bin).")
     flags.DEFINE_string("output", None, "Directory to be made.")

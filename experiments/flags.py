@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
+from checkpoints_tools.readers import hub
 from experiments import methods, questions
 from experiments.benchmark import MT_BENCH, PUBLISHED, Benchmark
 from experiments.questions import Question
@@ -58,8 +59,8 @@ _DRAFT_PRECISION = flags.DEFINE_string(
 _DRAFT_LENGTH = flags.DEFINE_integer(
     "draft_length", 4, "Tokens that method spec drafts a round.", lower_bound=1)
 _EAGLE = flags.DEFINE_list(
-    "eagle", None, "Directories of EAGLE heads in the official layout, one of a version: the target's for methods eagle2 and "
-    "eagle3, the small model's for hier, which takes the first. Default: the demo model's own heads.")
+    "eagle", None, "Directories or hub names of EAGLE heads in the official layout, one of a version: the target's for methods "
+    "eagle2 and eagle3, the small model's for hier, which takes the first. Default: the demo model's own heads.")
 _TREE_DEPTH = flags.DEFINE_integer(
     "tree_depth", None, f"Levels of tokens that an EAGLE head drafts. {_by_device('tree_depth')}", lower_bound=1)
 _TREE_TOP_K = flags.DEFINE_integer(
@@ -163,7 +164,7 @@ def settings(experiment: str, *, default: Sequence[str] | None = None, offered: 
     default = _CPU if jax.default_backend() == "cpu" else _GPU
     models = methods.Models(
         target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,
-        draft_precision=_DRAFT_PRECISION.value, eagle=tuple(_EAGLE.value or ()), tree=_tree(default),
+        draft_precision=_DRAFT_PRECISION.value, eagle=_heads(), tree=_tree(default),
         vocabulary=_VOCABULARY.value, vocabulary_size=_VOCABULARY_SIZE.value,
         min_draft_length=_MIN_DRAFT_LENGTH.value or default.min_draft_length, draft_model_start=_DRAFT_MODEL_START.value)
     sampling = _sampling()
@@ -192,7 +193,7 @@ def one_method() -> str:
     if _MODEL.value is None and _DRAFTER.value is None and not _EAGLE.value:
         return "eagle3"
     if _EAGLE.value:
-        return "hier" if _DRAFTER.value else f"eagle{head_version(_EAGLE.value[0])}"
+        return "hier" if _DRAFTER.value else f"eagle{head_version(_heads()[0])}"
     return "spec" if _DRAFTER.value else "baseline"
 
 
@@ -231,6 +232,10 @@ def fitting_methods() -> tuple[str, ...]:
     """All methods but, for a --drafter without a head of its own, hier: the demo model's heads fit no other small model."""
     heads_fit = _DRAFTER.value is None or _EAGLE.value
     return tuple(name for name in methods.NAMES if heads_fit or name != "hier")
+
+
+def _heads() -> tuple[str, ...]:
+    return tuple(str(hub.local(name)) for name in _EAGLE.value or ())
 
 
 def _demo_heads(chosen: Sequence[str]) -> tuple[str, ...]:

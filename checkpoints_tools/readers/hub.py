@@ -10,13 +10,23 @@ from checkpoints_tools.readers.hf import TOKENIZER_FILES
 from specmq_jax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = ["config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+_FILES = ["config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json", "rotation.*", *TOKENIZER_FILES]
 _PICKLED = ["quant_model.pt", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def is_hub_name(source: str) -> bool:
     """Whether `source` has the form organisation/name."""
     return _NAME.fullmatch(source) is not None
+
+
+def local(source: str) -> pathlib.Path:
+    """The path that `source` names, or the directory of a hub repository's files where no such path exists.
+
+    Raises:
+      UserError: as `download`.
+    """
+    path = pathlib.Path(source)
+    return download(source) if not path.exists() and is_hub_name(source) else path
 
 
 def download(name: str) -> pathlib.Path:

@@ -146,3 +146,12 @@ def test_pickled_files_of_a_hub_repository_are_downloaded_only_where_it_has_no_o
     asked.clear()
     hub.download("some/model")
     assert asked == [False]
+
+
+def test_a_path_is_preferred_to_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda name: tmp_path / "downloaded" / name)
+    monkeypatch.chdir(tmp_path)
+    assert hub.local("some/head") == tmp_path / "downloaded/some/head"
+    assert str(hub.local("/no/head")) == "/no/head"  # not of a hub name's form: whoever reads it says that it is missing
+    (tmp_path / "some" / "head").mkdir(parents=True)
+    assert str(hub.local("some/head")) == "some/head"
