@@ -146,6 +146,20 @@ def _products(result: str) -> Callable[[Bench, ModelShape, Sequence[int]], Itera
     return find
 
 
+def _integer_products(kind: str) -> Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]:
+    def find(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+        for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
+            case = cases.integer_product(count, inner, columns, kind, result="partials")
+            yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
+    return find
+
+
+def _dense_products(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
+        case = cases.split_dense_product(count, inner, columns)
+        yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
+
+
 def _marlin(inner: int, columns: int, rows: int) -> float | None:
     if (inner, columns) not in _MARLIN or rows not in _MARLIN_ROWS or "H200" not in metrics.device_name():
         return None
@@ -192,10 +206,11 @@ def _top_k(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Ite
 _TREE_ROWS = (1, 10, 30, 60)
 OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]]] = {
     "w4a16": (_MARLIN_ROWS, _products("partials")), "w4a16_product": (_MARLIN_ROWS, _products("product")),
+    "dense": (_TREE_ROWS, _dense_products), **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},
     "attention": (_TREE_ROWS, _attention), "norm": (_TREE_ROWS, _norm), "rope": (_TREE_ROWS, _rope),
     "silu_mul": (_TREE_ROWS, _silu_mul), "top_k": ((1, 10), _top_k)}
 """Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in
-a model; w4a16_product adds them up."""
+a model; w4a16_product and dense add them up. Products of 8-bit activations leave out their rounding."""
 
 
 def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: pathlib.Path | None = None,
@@ -205,8 +220,8 @@ def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: path
     about = {"device": metrics.device_name(), "device_bandwidth": metrics.device_bandwidth(), "jax": jax.__version__,
              "runs": bench.runs}
     console.print(f"{about['device']}, copies {about['device_bandwidth'] / 1e9:.0f} GB/s | jax {about['jax']} | medians of "
-                  f"{bench.runs} runs\nXLA: the dense f16 product for w4a16, plain jnp for other ops; \"of\" is our time over "
-                  "theirs", highlight=False, markup=False, soft_wrap=True)
+                  f"{bench.runs} runs\nXLA: the dense f16 product for products, plain jnp for other ops; \"of\" is our time "
+                  "over theirs", highlight=False, markup=False, soft_wrap=True)
     lines: list[Line] = []
     for model in models:
         compared: dict[tuple, Timing] = {}
