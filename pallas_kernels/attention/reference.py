@@ -26,26 +26,16 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cac
         return jnp.where(node < 0, True, own & (node < tail))
 
     def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, largest, weight_sum = carry
         start = jnp.minimum(index * block, max_len - block)
         key = start + jnp.arange(block)
         live = (key >= index * block) & (key < length + tail)
         keys = jax.lax.dynamic_slice_in_dim(k_cache, start, block).astype(jnp.float32)
         values = jax.lax.dynamic_slice_in_dim(v_cache, start, block).astype(jnp.float32)
         values = jnp.where(live[:, None, None], values, 0)  # dead rows may hold NaN
-        seen = (visible(key) & live)[:, None, None, :]
-        scores = jnp.einsum("thgd,jhd->thgj", queries, keys, precision="highest")
-        scores = jnp.where(seen, scores, MASKED)
-        new_largest = jnp.maximum(largest, scores.max(-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
-        decay = jnp.exp(largest - new_largest)
-        total = total * decay[..., None] + jnp.einsum("thgj,jhd->thgd", weights, values, precision="highest")
-        return total, new_largest, weight_sum * decay + weights.sum(-1)
+        return _add_block(carry, queries, keys, values, (visible(key) & live)[:, None, None, :])
 
-    shape = queries.shape[:3]
-    carry = jnp.zeros(queries.shape), jnp.full(shape, MASKED), jnp.zeros(shape)
     blocks = (length + tail + block - 1) // block
-    total, _, weight_sum = jax.lax.fori_loop(0, blocks, step, carry)
+    total, _, weight_sum = jax.lax.fori_loop(0, blocks, step, _nothing_seen(queries))
     return (total / jnp.where(weight_sum == 0, 1, weight_sum)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
@@ -65,23 +55,33 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
         position_of_query = length + last
 
         def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            total, largest, weight_sum = carry
             position = index * block + jnp.arange(block)
             own = length + path[jnp.clip(position - length, 0, len(path) - 1)]
             place = jnp.minimum(jnp.where(position < length, position, own), max_len - 1)
             seen = position <= position_of_query
             keys, values = (jnp.where(seen[:, None, None], cache[place], 0).astype(jnp.float32)
                             for cache in (k_cache, v_cache))
-            scores = jnp.where(seen, jnp.einsum("hgd,jhd->hgj", queries, keys, precision="highest"), MASKED)
-            new_largest = jnp.maximum(largest, scores.max(-1))
-            weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
-            decay = jnp.exp(largest - new_largest)
-            total = total * decay[..., None] + jnp.einsum("hgj,jhd->hgd", weights, values, precision="highest")
-            return total, new_largest, weight_sum * decay + weights.sum(-1)
+            return _add_block(carry, queries, keys, values, seen)
 
-        shape = queries.shape[:2]
-        start = jnp.zeros(queries.shape), jnp.full(shape, MASKED), jnp.zeros(shape)
-        total, _, weight_sum = jax.lax.fori_loop(0, position_of_query // block + 1, step, start)
+        total, _, weight_sum = jax.lax.fori_loop(0, position_of_query // block + 1, step, _nothing_seen(queries))
         return (total / weight_sum[..., None]).reshape(query.shape)
 
     return jax.lax.map(one, (q, depth, paths)).astype(q.dtype)
+
+
+def _nothing_seen(queries: Float[Array, "*T Hkv G d"]) -> tuple[Array, Array, Array]:
+    """The weighted sum of values, the largest score and the sum of weights before the first block."""
+    shape = queries.shape[:-1]
+    return jnp.zeros(queries.shape), jnp.full(shape, MASKED), jnp.zeros(shape)
+
+
+def _add_block(carry: tuple[Array, Array, Array], queries: Float[Array, "*T Hkv G d"], keys: Float[Array, "B Hkv d"],
+               values: Float[Array, "B Hkv d"], seen: Bool[Array, "*S B"]) -> tuple[Array, Array, Array]:
+    """The three with a block of keys added, of which each query sees some."""
+    total, largest, weight_sum = carry
+    scores = jnp.where(seen, jnp.einsum("...hgd,jhd->...hgj", queries, keys, precision="highest"), MASKED)
+    new_largest = jnp.maximum(largest, scores.max(-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
+    decay = jnp.exp(largest - new_largest)
+    total = total * decay[..., None] + jnp.einsum("...hgj,jhd->...hgd", weights, values, precision="highest")
+    return total, new_largest, weight_sum * decay + weights.sum(-1)
