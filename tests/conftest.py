@@ -2,6 +2,7 @@
 share."""
 
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,26 +30,43 @@ NEEDS = {
 }
 
 
+# several processes share a GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    need = NEEDS.get(config.option.markexpr)
+    if need and not need.is_met():
+        raise pytest.UsageError(f"-m {config.option.markexpr} asks for tests that can't run: {need.missing}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = {}
     for marker, need in NEEDS.items():
         needing = [item for item in items if item.get_closest_marker(marker)]
         if not needing or need.is_met():
             continue
-        if config.option.markexpr == marker:
-            raise pytest.UsageError(f"{len(needing)} tests were asked for by -m {marker}, and {need.missing}")
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
         left_out[marker] = len(needing)
     config.stash[_LEFT_OUT] = left_out
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of a process that runs a share of the tests
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    del error
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})  # every process sees all tests
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for marker, count in config.stash.get(_LEFT_OUT, {}).items():
         terminalreporter.write_line(f"{count} tests {NEEDS[marker].left_out}")
-
-
-_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 @pytest.fixture(scope="session")
