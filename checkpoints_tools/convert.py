@@ -1,10 +1,11 @@
-"""Makes a native checkpoint: python -m checkpoints_tools.convert SRC DST [--precision=NAME]
+"""Makes a native checkpoint: python -m checkpoints_tools.convert SRC DST [--precision=NAME] [--head_precision=NAME]
 
 SRC is a Hugging Face directory, plain or quantised by GPTQ, AutoRound, compressed-tensors, QQQ, QServe or in SpecMQuant's
 Marlin layout, a GGUF file, a native checkpoint, or a name on the Hugging Face hub.
 Without --precision the checkpoint keeps the source's precision; GGUF's quantised types become fp16.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -37,30 +38,41 @@ _CHECKED_BYTES = 64 << 20
 """Of values that are looked through at a time."""
 
 
-def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None) -> pathlib.Path:
+def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None,
+            head_precision: str | None = None) -> pathlib.Path:
     """Writes `source` as a native checkpoint named `destination`, which it returns.
 
     Args:
       source: anything `readers.open_source` opens.
       destination: must not exist, or be an empty directory.
       precision: of the layers' linear weights, by round-to-nearest; None keeps the source's.
+      head_precision: of lm_head, likewise; None keeps it dense where it is.
 
     Raises:
-      UserError: what the reader finds wrong, an unknown precision, or a destination that is taken.
+      UserError: what the reader finds wrong, an unknown precision, an lm_head that is tied to the embedding, or a
+        destination that is taken.
     """
-    wanted = formats.get(precision) if precision else None
+    wanted, head = (formats.get(name) if name else None for name in (precision, head_precision))
     destination = pathlib.Path(destination)
     check_destination(destination)
     reader = open_source(source)
-    check_changed(reader, wanted)
-    return write(reader, destination, target_formats(reader.formats, wanted))
+    check_head(reader, head)
+    check_changed(reader, wanted, head)
+    return write(reader, destination, target_formats(reader.formats, wanted, head))
 
 
-def check_changed(reader: Reader, wanted: WeightFormat | None) -> None:
-    """Raises a `UserError` where a conversion to `wanted` would copy a native checkpoint."""
-    if reader.kind == "native" and wanted in (None, reader.formats.linear):
+def check_changed(reader: Reader, wanted: WeightFormat | None, head: WeightFormat | None = None) -> None:
+    """Raises a `UserError` where a conversion would copy a native checkpoint."""
+    if reader.kind == "native" and wanted in (None, reader.formats.linear) and head in (None, reader.formats.head):
         raise UserError(f"{reader.location} is a native checkpoint of precision {reader.formats.linear.name} already; "
                         "--precision=NAME makes another")
+
+
+def check_head(reader: Reader, head: WeightFormat | None) -> None:
+    """Raises a `UserError` where there is no lm_head to convert."""
+    if head and reader.llama.tie_embeddings:
+        raise UserError(f"{reader.location} has no lm_head of its own: its embedding table serves as one, and stays dense; "
+                        "leave --head_precision out")
 
 
 def prepare(source: str | pathlib.Path) -> pathlib.Path:
@@ -100,12 +112,14 @@ def write_once(reader: Reader, destination: pathlib.Path, *, origin: str | None 
         raise
 
 
-def target_formats(source: Formats, linear: WeightFormat | None) -> Formats:
+def target_formats(source: Formats, linear: WeightFormat | None, head: WeightFormat | None = None) -> Formats:
     """The formats of a conversion to `linear`.
 
     A dense precision is that of all parts. Beside quantised linear weights, embedding and lm_head stay as they are, but
-    for fp32, which becomes the fp16 of the activations.
+    for fp32, which becomes the fp16 of the activations. `head` is lm_head's where it is given.
     """
+    if head is not None:
+        return dataclasses.replace(target_formats(source, linear), head=head)
     if linear is None:
         return source
     if isinstance(linear, DenseFormat):
@@ -188,12 +202,20 @@ def arguments(argv: Sequence[str], usage: str, count: int) -> list[str]:
     return given
 
 
+def define_head_precision() -> None:
+    """The flag that `checkpoints_tools.quantize` has, too."""
+    flags.DEFINE_string("head_precision", None, "Precision of lm_head, made by round-to-nearest; one of "
+                        f"{', '.join(formats.names())}. Default: dense, as it is in the source.")
+
+
 def main(argv: Sequence[str]) -> None:
-    source, destination = arguments(argv, "python -m checkpoints_tools.convert SRC DST [--precision=NAME]", 2)
-    print(convert(source, destination, flags.FLAGS.precision))
+    usage = "python -m checkpoints_tools.convert SRC DST [--precision=NAME] [--head_precision=NAME]"
+    source, destination = arguments(argv, usage, 2)
+    print(convert(source, destination, flags.FLAGS.precision, flags.FLAGS.head_precision))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("precision", None, "Precision of the layers' linear weights, made by round-to-nearest; one of "
                         f"{', '.join(formats.names())}. Default: the source's.")
+    define_head_precision()
     errors.run(main)

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from checkpoints_tools.calibration import CalibrationFile
-from checkpoints_tools.convert import arguments, check_changed, fingerprint, target_formats, write
+from checkpoints_tools.convert import (
+    arguments,
+    check_changed,
+    check_head,
+    define_head_precision,
+    fingerprint,
+    target_formats,
+    write,
+)
 from checkpoints_tools.quantizers.gptq import Gptq
 from checkpoints_tools.quantizers.layerwise import Quantiser, Recipe
 from checkpoints_tools.quantizers.smooth import INPUTS, Smoothing
@@ -33,7 +41,8 @@ _USAGE = "python -m checkpoints_tools.quantize SRC DST --precision=NAME"
 
 
 def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str, *, recipe: Recipe | None = None,
-             calibration: CalibrationFile | None = None, rotation_seed: int | None = None) -> pathlib.Path:
+             calibration: CalibrationFile | None = None, rotation_seed: int | None = None,
+             head_precision: str | None = None) -> pathlib.Path:
     """Writes `source` as a native checkpoint of another precision named `destination`, which it returns.
 
     Args:
@@ -43,6 +52,7 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
       recipe: how they are quantised; None for round-to-nearest.
       calibration: the text that a recipe looks at.
       rotation_seed: rotates the model first, by a matrix drawn with this seed.
+      head_precision: of lm_head, by round-to-nearest; None leaves it dense.
 
     Raises:
       UserError: what the reader or the text's reader finds wrong, an unknown precision, a destination that is taken, a recipe
@@ -66,9 +76,11 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
     key = fingerprint(reader)
     if rotation_seed is not None:
         reader = RotatedReader(reader, random_rotation(reader.llama.hidden_size, rotation_seed), rotation_seed)
-    target = target_formats(reader.formats, wanted)
+    head = formats.get(head_precision) if head_precision else None
+    target = target_formats(reader.formats, wanted, head)
+    check_head(reader, head)
     if not looks:
-        check_changed(reader, wanted)
+        check_changed(reader, wanted, head)
         return write(reader, destination, target, quantisation=made)
     text = calibration.read(_tokenizer(reader), reader.llama)
     return Quantiser(reader, target, recipe, text).write(destination, made | {"calibration": text.describe()}, key)
@@ -92,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     calibration = CalibrationFile(path=pathlib.Path(given.calibration), length=given.calibration_length,
                                   count=given.calibration_count) if given.calibration else None
     print(quantize(source, destination, given.precision, recipe=recipe, calibration=calibration,
-                   rotation_seed=given.rotation_seed if given.rotate else None))
+                   rotation_seed=given.rotation_seed if given.rotate else None, head_precision=given.head_precision))
 
 
 def _smoothing(alpha: str | None, inputs: Sequence[str]) -> Smoothing | None:
@@ -112,6 +124,7 @@ def _smoothing(alpha: str | None, inputs: Sequence[str]) -> Smoothing | None:
 
 
 def _define_flags() -> None:
+    define_head_precision()
     flags.DEFINE_string("precision", None, "Precision of the layers' linear weights; one of "
                         f"{', '.join(formats.names())}.")
     flags.DEFINE_enum("algorithm", "rtn", ["rtn", "gptq"], "How codes are chosen: rounded to nearest, or by GPTQ.")

@@ -120,7 +120,7 @@ def outline(source: str | pathlib.Path, precision: str | None = None, *, expand:
     config, stored = LlamaConfig.from_directory(directory), _stored_formats(directory)
     linear, f32 = wanted or stored.linear, DenseFormat(kind="fp32")
     expand = jax.default_backend() == "cpu" if expand is None else expand
-    held = (Formats(linear=formats.expanded(linear), head=f32, embed=f32) if expand else
+    held = (Formats(linear=formats.expanded(linear), head=formats.expanded(stored.head), embed=f32) if expand else
             dataclasses.replace(stored, linear=linear))
     changed = {path: shape for path, shape in checkpoint.parameter_shapes(config).items()
                if _repackings(path, stored, linear, held)}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Int32
 
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
@@ -66,13 +66,14 @@ def cut_vocabulary(head: Head, ranked: Int32[np.ndarray, "N"], size: int) -> Hea
     if head.config.tied_head:
         tree["output_table"] = {"table": _of(tree["output_table"]["table"], lambda table: table[ids])}
     else:
-        # every weight format keeps the output channels on the last axis of each of its arrays
-        tree["lm_head"] = jax.tree.map(lambda leaf: _of(leaf, lambda leaf: leaf[..., ids]), tree["lm_head"])
+        form = head.module.head_format
+        tree["lm_head"] = {"w": _of(tree["lm_head"]["w"], lambda weight: form.outputs(weight, ids))}
     config = dataclasses.replace(head.config, layer=dataclasses.replace(head.config.layer, vocab_size=size))
     return dataclasses.replace(head, config=config, module=head.module.clone(config=config),
                                params={"head": {"params": tree}, "ids": ids})
 
 
-def _of(leaf: Array | jax.ShapeDtypeStruct, part: Callable[[Array], Array]) -> Array | jax.ShapeDtypeStruct:
-    """A part of an array, or the shape that it would have."""
-    return jax.eval_shape(part, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else part(leaf)
+def _of(whole: Any, part: Callable[[Any], Any]) -> Any:
+    """A part of an array or a weight, or of an outline the shapes that it would have."""
+    is_outline = isinstance(jax.tree.leaves(whole)[0], jax.ShapeDtypeStruct)
+    return jax.eval_shape(part, whole) if is_outline else part(whole)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from specmq_jax.formats.logical import Logical
 
@@ -56,6 +56,10 @@ class WeightFormat(abc.ABC):
         With `reproducible`, a row's bits on a GPU are the same whatever other rows there are, for up to
         `MOST_REPRODUCIBLE_ROWS` of them.
         """
+
+    def outputs(self, weight: Weight, kept: Int32[Array, "n"]) -> Weight:
+        """The weight of some of the outputs alone; where each array has the outputs on its last axis."""
+        return jax.tree.map(lambda leaf: leaf[..., kept], weight)
 
     def init(self, key: jax.Array, shape: tuple[int, int]) -> Weight:
         """A random weight of the format for a [K, N] layer, normal with variance 1 / K."""

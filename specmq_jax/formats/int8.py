@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import dense, w8a8
 from specmq_jax.formats.base import WeightFormat
@@ -57,3 +57,6 @@ class Int8ChannelFormat(WeightFormat):
         product = jax.lax.dot_general(x.astype(self.dtype), weight.values.astype(self.dtype), (((1,), (1,)), ((), ())),
                                       preferred_element_type=jnp.float32)
         return (product * weight.scales)[None]
+
+    def outputs(self, weight: Int8Channel, kept: Int32[Array, "n"]) -> Int8Channel:
+        return Int8Channel(weight.values[kept], weight.scales[kept])

@@ -109,6 +109,11 @@ class Int4Int8Format(WeightFormat):
         return w4a8.channel_partials(codes, row_scales, sums, weight.packed, weight.scales,
                                      weight.offsets if self._zeros else None, reproducible=reproducible)
 
+    def outputs(self, weight: Any, kept: Int32[Array, "n"]) -> Any:
+        if isinstance(weight, Int4Channel):
+            return Int4Channel(weight.packed[kept], weight.scales[kept], weight.offsets[kept])
+        return Int4TwoLevel(weight.packed[kept], weight.groups[:, kept], weight.channel_scales[kept], weight.saturates)
+
     def _quantise(self, values: Float[Array, "K N"]) -> ChannelInt4 | TwoLevelInt4:
         """Round-to-nearest of plain values."""
         if self.group_size == -1:
