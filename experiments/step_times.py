@@ -141,7 +141,7 @@ class _Bench:
         cache = _random_cache(target, -(-(self._decode_config.max_len + max(self._settings.rows)) // 128) * 128)
         held = _bytes(target.params) + _bytes(cache)
         for rows in self._settings.rows:
-            loop = repeated_pass(self._plain._module)
+            loop = repeated_pass(self._plain.module)
             for context in self._settings.contexts:
                 carry = cache.rewind(context), some_tree(rows, target.config.vocab_size)
                 timing, _, (cache, _) = self._time(loop, target.params, carry)
@@ -164,7 +164,7 @@ class _Bench:
         """A method's drafting alone, the verification of its drafts, and whole rounds."""
         drafter = self._settings.drafting.drafter(method, self._target)
         decoder = sm.Decoder(self._target, drafter, self._decode_config)
-        draft, check = repeated_draft(drafter), repeated_verify(decoder._module)
+        draft, check = repeated_draft(drafter), repeated_verify(decoder.module)
         for context in self._settings.contexts:
             yield from self._rounds(method, decoder, draft, check, context)
         if isinstance(drafter, sm.HierarchicalDrafter) and "draft" in self._settings.parts:
@@ -204,7 +204,7 @@ class _Bench:
 
     def _whole_rounds(self, decoder: sm.Decoder, state: sm.DecodeState) -> tuple[Timing, sm.DecodeState]:
         # the loop of `generate`, which would take the prompt in anew for every run
-        return self._time(decoder._run, decoder.params, state, most=_most_rounds(decoder.drafter))[:2]
+        return self._time(decoder.loop, decoder.params, state, most=_most_rounds(decoder.drafter))[:2]
 
     def _time(self, loop: Loop, params: Any, carry: Any, **bound: int) -> tuple[Timing, Any, Any]:
         return time_loop(loop, params, carry, runs=self._settings.runs, **bound)
