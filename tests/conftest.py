@@ -30,6 +30,7 @@ NEEDS = {
 }
 
 
+SLOW = "take long and were not run (python -m pytest -m slow)"
 # several processes share a GPU
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
@@ -50,6 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
         left_out[marker] = len(needing)
+    if config.option.markexpr == "not slow":  # what setup.cfg says; pytest drops them behind this
+        if slow := sum(item.get_closest_marker("slow") is not None for item in items):
+            left_out["slow"] = slow
     config.stash[_LEFT_OUT] = left_out
 
 
@@ -66,7 +70,8 @@ def pytest_testnodedown(node, error) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for marker, count in config.stash.get(_LEFT_OUT, {}).items():
-        terminalreporter.write_line(f"{count} tests {NEEDS[marker].left_out}")
+        why = SLOW if marker == "slow" else NEEDS[marker].left_out
+        terminalreporter.write_line(f"{count} tests {why}")
 
 
 @pytest.fixture(scope="session")
