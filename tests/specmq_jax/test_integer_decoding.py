@@ -1,4 +1,4 @@
-"""Speculation at precisions with 8-bit activations: a CPU gives the plain output there too."""
+"""Speculation at precisions with 8-bit activations: a CPU gives a small model's plain output there too."""
 
 import numpy as np
 import pytest
