@@ -118,7 +118,7 @@ def _attention(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int
     largest_context = max(_CONTEXTS)
     for count in rows:
         pairs = count * heads // kv_heads
-        grid = _grid(attention_kernel.Config, block_m=(16, 32, 64), block_k=(32, 64, 128), splits=(1, 2, 4, 8, 16, 32),
+        grid = _grid(attention_kernel.Config, block_m=(16, 32, 64), block_k=(32, 64, 128), splits=(1, 2, 4, 5, 8, 10, 16, 32),
                      num_warps=(2, 4, 8), num_stages=(1, 2, 3))
         fitting = [config for config in grid if config.block_m <= max(16, launch.power_of_two(pairs))]
 

@@ -33,7 +33,7 @@ def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], 
       length: i32 scalar; length + tail must not exceed L (a traced value cannot be checked).
       mask_words: int32[T, ceil(tail / 32)], from `pack_mask`.
       tail: columns of the mask; default T.
-      scale: of the scores; default 1 / sqrt(d).
+      scale: of the scores, positive; default 1 / sqrt(d).
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel needs d to be a
         power of two of at least 16.
@@ -126,6 +126,8 @@ def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_ca
     rows, heads, head_dim = q.shape
     max_len, kv_heads, _ = k_cache.shape
     scale = head_dim ** -0.5 if scale is None else scale
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}; expected a positive number")
     length = jnp.asarray(length, jnp.int32)
     chosen = launch.choose(implementation)
     if chosen == "reference":

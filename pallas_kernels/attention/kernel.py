@@ -11,11 +11,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
+from pallas_kernels.attention.mask import WORD
 
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
@@ -55,7 +57,19 @@ def heuristic(rows: int, heads: int, kv_heads: int, max_len: int, dtype: jnp.dty
     return Config(block_m=block_m, block_k=block_k, splits=splits)
 
 
-def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float):
+def _exp2_of_sum(values: Float[Array, "M N"], factor: float, others: Float[Array, "M 1"], *, inline_asm: bool
+                 ) -> Float[Array, "M N"]:
+    """2 ** (values * factor + others), for exponents whose small powers may be zero; two instructions in PTX."""
+    if not inline_asm:
+        return jnp.exp2(values * factor + others)
+    bits = np.float32(factor).view(np.uint32)
+    asm = f"{{ .reg .f32 t; fma.rn.f32 t, $1, 0f{bits:08X}, $2; ex2.approx.ftz.f32 $0, t; }}"
+    [out] = plgpu.elementwise_inline_asm(asm, args=[values, jnp.broadcast_to(others, values.shape)], constraints="=f,f,f",
+                                         pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.float32)])
+    return out
+
+
+def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float, inline_asm: bool):
     q_ref, k_ref, v_ref, length_ref, *refs = refs
     words_ref = refs.pop(0) if tree else None
     max_len, kv_heads, head_dim = k_ref.shape
@@ -71,6 +85,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float)
     lane = jnp.arange(head_dim)[None, :]
     queries = plgpu.load(q_ref.at[q_row, lane], mask=pair_mask, other=0)
     precision = jax.lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
+    exponent = scale * LOG2_E
 
     # A causal tile sees nothing past its last row's own key.
     last_row = tail if tree else jnp.minimum(rows, ((tile + 1) * config.block_m - 1) // group + 1)
@@ -80,14 +95,19 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float)
     first, last = split * each, jnp.minimum((split + 1) * each, blocks)
     committed = jnp.clip(length // config.block_k, first, jnp.maximum(first, last))
 
+    # A row's words once, not for each key: their loads stand in nobody's way.
+    words = [plgpu.load(words_ref.at[row, jnp.broadcast_to(index, row.shape)], mask=row < rows, other=0)
+             for index in range(words_ref.shape[1] if tree else 0)]
+
     def visible(key: Array) -> Array:
         node = key - length
         if not tree:
             return node[None, :] <= row[:, None]
-        inside = (node >= 0) & (node < tail)
-        word = plgpu.load(words_ref.at[row[:, None], (node // 32)[None, :]], mask=inside[None, :] & pair_mask, other=0)
-        own = (word >> (node & 31)[None, :]) & 1
-        return (node < 0)[None, :] | (own != 0)
+        word = words[0][:, None]
+        for index, others in enumerate(words[1:], 1):
+            word = jnp.where((node // WORD == index)[None, :], others[:, None], word)
+        word = jnp.where((node < 0)[None, :], -1, word)
+        return (word >> (node % WORD)[None, :]) & 1 != 0
 
     def step(block: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         total, largest, weight_sum = carry
@@ -95,15 +115,14 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float)
         in_cache = (key < live)[:, None] if masked else None
         index = key[:, None], jnp.broadcast_to(kv_head, (1, 1)), lane
         keys = plgpu.load(k_ref.at[index], mask=in_cache, other=0 if masked else None)
-        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * (scale * LOG2_E)
+        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision)
         if masked:
-            seen = visible(key) & (key < live)[None, :]
-            scores = jnp.where(seen, scores, MASKED)
+            scores = jnp.where(visible(key) & (key < live)[None, :], scores, MASKED)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - new_largest[:, None])
-        if masked:
-            weights = jnp.where(seen, weights, 0.0)
-        decay = jnp.exp2(largest - new_largest)
+        # a row that has seen no key keeps weights of zero
+        anchor = jnp.where(new_largest == MASKED, 0.0, new_largest) * exponent
+        weights = _exp2_of_sum(scores, exponent, -anchor[:, None], inline_asm=inline_asm)
+        decay = jnp.exp2((largest - new_largest) * exponent)
         values = plgpu.load(v_ref.at[index], mask=in_cache, other=0 if masked else None)
         total = total * decay[:, None] + plgpu.dot(weights.astype(values.dtype), values, precision=precision)
         return total, new_largest, weight_sum * decay + jnp.sum(weights, axis=1)
@@ -121,7 +140,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float)
     total_ref, largest_ref, sum_ref = refs
     part = split * rows * heads + q_row
     plgpu.store(total_ref.at[part, lane], total, mask=pair_mask)
-    plgpu.store(largest_ref.at[part], largest[:, None], mask=pair_mask)
+    plgpu.store(largest_ref.at[part], (largest * exponent)[:, None], mask=pair_mask)
     plgpu.store(sum_ref.at[part], weight_sum[:, None], mask=pair_mask)
 
 
@@ -155,7 +174,8 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cac
     out_shape = [flat] if config.splits == 1 else [jax.ShapeDtypeStruct((parts, head_dim), jnp.float32),
                                                    jax.ShapeDtypeStruct((parts,), jnp.float32),
                                                    jax.ShapeDtypeStruct((parts,), jnp.float32)]
-    body = functools.partial(_body, config=config, rows=rows, tail=tail, tree=mask_words is not None, scale=scale)
+    body = functools.partial(_body, config=config, rows=rows, tail=tail, tree=mask_words is not None, scale=scale,
+                             inline_asm=not interpret)
     out = launch.call(
         body, operands, out_shape=out_shape, num_warps=config.num_warps, num_stages=config.num_stages,
         grid=(pl.cdiv(rows * heads // kv_heads, config.block_m), kv_heads, config.splits), interpret=interpret,
