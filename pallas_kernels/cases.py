@@ -6,6 +6,7 @@ the key-value cache are read cold.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -99,11 +100,11 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
     norm. The last two make more sums cost what they cost a model.
     """
     groups = 1 if group_size == -1 else -(-inner // group_size)
-    words = -(-inner // 128) * 16
+    shape = w4a16.packed_shape(inner, columns)
 
     def make(key: Array):
         of_x, of_packed, of_scales = jax.random.split(key, 3)
-        packed = jax.random.bits(of_packed, (words, columns), jnp.uint32).view(jnp.int32)
+        packed = jax.random.bits(of_packed, shape, jnp.uint32).view(jnp.int32)
         scales = jax.random.normal(of_scales, (groups, columns)) * 0.02
         return jax.random.normal(of_x, (rows, inner), jnp.float16), packed, scales
 
@@ -120,7 +121,7 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
         # the factor keeps the launch where there is nothing to add
         return (partials if result == "partials" else (add_up(partials) * 0.5).astype(x.dtype),)
 
-    cold_bytes = 4 * (words + groups) * columns
+    cold_bytes = 4 * (math.prod(shape) + groups * columns)
     return Case(label=f"{inner} -> {columns}" + (f" g{group_size}" if group_size != -1 else ""), rows=rows, make=make,
                 run=run, traffic=cold_bytes + 2 * rows * (inner + columns), cold=(1, 2), cold_bytes=cold_bytes)
 

@@ -27,7 +27,7 @@ from specmq_jax.errors import UserError
 from specmq_jax.formats import DenseFormat, Weight, WeightFormat
 
 METADATA_FILE = "specmq.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHARD_BYTES = 128 << 20
 _BLOCK_BYTES = 8 << 20
 

@@ -14,10 +14,10 @@ GROUP_SIZES = (32, 64, 128, -1)
 _ACTIVATIONS = (jnp.float16, jnp.bfloat16, jnp.float32)
 
 
-def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "K8 N"]:
+def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "B N 16"]:
     """Packs codes 0..15 eight to a word, in the order of `layout`.
 
-    Returns int32[ceil(K / 128) * 16, N]; rows that pad K to a multiple of 128 have code 8, weight zero.
+    Returns int32[ceil(K / 128), N, 16]; rows that pad K to a multiple of 128 have code 8, weight zero.
     Raises ValueError for anything but uint8[K, N]. Codes above 15 lose their upper bits.
     """
     if q.ndim != 2 or q.dtype != jnp.uint8:
@@ -25,20 +25,25 @@ def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "K8 N"]:
     return layout.pack(q)
 
 
-def unpack(packed: Int32[Array, "K8 N"], rows: int) -> UInt8[Array, "K N"]:
+def packed_shape(rows: int, columns: int) -> tuple[int, int, int]:
+    """The shape of what `pack` makes of [rows, columns]."""
+    return layout.packed_blocks(rows), columns, layout.WORDS
+
+
+def unpack(packed: Int32[Array, "B N 16"], rows: int) -> UInt8[Array, "K N"]:
     """The codes uint8[rows, N] that `pack` was given. Raises ValueError when `packed` does not hold `rows` rows."""
     _check_packed(packed, rows)
     return layout.unpack(packed, rows)
 
 
-def matmul(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], *, group_size: int,
+def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *, group_size: int,
            out_dtype: jnp.dtype | None = None, config: kernel.Config | None = None,
            implementation: str | None = None) -> Float[Array, "M N"]:
     """x @ w with w[k, n] = (q[k, n] - 8) * scales[k // group_size, n].
 
     Args:
       x: f16, bf16 or f32 [M, K].
-      packed: int32[ceil(K / 128) * 16, N], from `pack`.
+      packed: int32[ceil(K / 128), N, 16], from `pack`.
       scales: f32 or f16 [ceil(K / group_size), N], [1, N] when group_size is -1; f16's values, of either sign. Loads of four
         bytes alone can be asked for ahead of time.
       group_size: 32, 64 or 128 rows of K, or -1 for one group a column.
@@ -58,7 +63,7 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[A
     return (partials[0] if partials.shape[0] == 1 else add_up(partials)).astype(out_dtype)
 
 
-def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], *,
+def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *,
                     group_size: int, config: kernel.Config | None = None, implementation: str | None = None,
                     reproducible: bool = False) -> Float[Array, "S M N"]:
     """`matmul` with its split-K partial sums left to the consumer: f32[S, M, N] whose sum over S is the product.
@@ -75,7 +80,7 @@ def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
     return f"{inner}x{columns}/g{group_size}/m{max(8, launch.power_of_two(rows))}"
 
 
-def _partials(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], group_size: int,
+def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], group_size: int,
               unsplit_dtype: jnp.dtype | None, config: kernel.Config | None, implementation: str | None, *,
               reproducible: bool = False) -> Float[Array, "S M N"]:
     """Partial sums in f32, except that an unsplit product of the kernel is in `unsplit_dtype` where that is given."""
@@ -118,6 +123,7 @@ def _check(x: Array, packed: Array, scales: Array, group_size: int) -> None:
 
 
 def _check_packed(packed: Array, rows: int) -> None:
-    if packed.ndim != 2 or packed.dtype != jnp.int32 or packed.shape[0] != layout.packed_rows(rows):
-        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected int32[{layout.packed_rows(rows)}, N] "
-                         f"for K = {rows}")
+    blocks = layout.packed_blocks(rows)
+    if packed.ndim != 3 or packed.dtype != jnp.int32 or (packed.shape[0], packed.shape[2]) != (blocks, layout.WORDS):
+        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected int32[{blocks}, N, {layout.WORDS}] for "
+                         f"K = {rows}")

@@ -1,42 +1,46 @@
 """How 4-bit weights lie in memory.
 
-A block is 128 rows of K. Its 8 planes of 16 rows share 16 rows of int32 words: row r of plane p is a nibble of word
-r. So a plane of words multiplies a contiguous slab of x, 16 rows long like one tensor-core instruction, and no value
-ever changes its lane. Plane p stands in nibble p // 2 + 4 * (p % 2): `words >> 4 * j & 0x000f000f` then holds planes
-2j and 2j + 1 in the two halves of a word, where one bitwise or turns them into two floats.
+A block is 128 rows of K: 16 words of int32 for each column, side by side. Nibbles i and i + 4 of a word are neighbouring rows,
+so that `words >> 4 * i & 0x000f000f` holds both in the halves of a word, where one bitwise or turns them into two floats.
+Word 4p + 2t + h holds row 32i + 16t + 8h + 2p in nibble i. A lane of the tensor core's instruction takes the rows 2p, 2p + 1,
+2p + 8 and 2p + 9 of every 16, so that four neighbouring words are all that it wants of a block's column: it reads them from
+shared memory at once, without a bank conflict, and no value ever changes its lane.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, UInt8
 
 BLOCK = 128
-PLANES = 8
-PLANE_ROWS = BLOCK // PLANES
+WORDS = BLOCK // 8
+PLANES = 4
+PLANE_ROWS = BLOCK // PLANES  # the rows of nibbles i and i + 4, neighbours in K
 ZERO = 8  # the code of weight zero
-NIBBLES = tuple(plane // 2 + 4 * (plane % 2) for plane in range(PLANES))
+
+_PARTS = (4, 2, 2)  # p, t and h of a word
 
 
-def packed_rows(rows: int) -> int:
-    """Rows of the packed array for `rows` rows of weights, whole blocks."""
-    return -(-rows // BLOCK) * PLANE_ROWS
+def packed_blocks(rows: int) -> int:
+    """Blocks that hold `rows` rows of weights."""
+    return -(-rows // BLOCK)
 
 
-def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "K8 N"]:
+def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "B N 16"]:
     """See `api.pack`."""
     rows, columns = q.shape
-    padding = packed_rows(rows) * PLANES - rows
-    padded = jnp.pad(q, ((0, padding), (0, 0)), constant_values=ZERO)
-    planes = padded.reshape(-1, PLANES, PLANE_ROWS, columns).astype(jnp.uint32)
-    words = jnp.zeros((planes.shape[0], PLANE_ROWS, columns), jnp.uint32)
-    for plane, nibble in enumerate(NIBBLES):
-        words |= (planes[:, plane] & 0xF) << (4 * nibble)
-    return words.reshape(-1, columns).view(jnp.int32)
+    padded = jnp.pad(q, ((0, packed_blocks(rows) * BLOCK - rows), (0, 0)), constant_values=ZERO)
+    codes = padded.reshape(-1, PLANES, 2, 2, 4, 2, columns)  # i, t, h, p and the one of two neighbours
+    codes = codes.transpose(0, 6, 4, 2, 3, 5, 1).reshape(-1, columns, WORDS, 8).astype(jnp.uint32)
+    words = jnp.zeros(codes.shape[:-1], jnp.uint32)
+    for nibble in range(8):
+        words |= (codes[..., nibble] & 0xF) << (4 * nibble)
+    return words.view(jnp.int32)
 
 
-def unpack(packed: Int32[Array, "K8 N"], rows: int) -> UInt8[Array, "K N"]:
+def unpack(packed: Int32[Array, "B N 16"], rows: int) -> UInt8[Array, "K N"]:
     """See `api.unpack`."""
     columns = packed.shape[1]
-    words = packed.reshape(-1, 1, PLANE_ROWS, columns)
-    shifts = 4 * jnp.array(NIBBLES, jnp.int32).reshape(PLANES, 1, 1)
-    planes = words >> shifts & 0xF
-    return planes.reshape(-1, columns)[:rows].astype(jnp.uint8)
+    words = packed.reshape(-1, columns, 1, *_PARTS, 1)
+    shifts = 4 * (jnp.arange(PLANES).reshape(PLANES, 1, 1, 1, 1) + 4 * jnp.arange(2))
+    codes = (words >> shifts & 0xF).astype(jnp.uint8)  # B, N, i, p, t, h and the one of two neighbours
+    # K last, as it lies in memory: a product takes the transposed matrix as it is
+    return codes.transpose(1, 0, 2, 4, 5, 3, 6).reshape(columns, -1)[:, :rows].T

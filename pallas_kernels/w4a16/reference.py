@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.w4a16 import layout
 
 
-def dequantise(packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], rows: int, group_size: int
+def dequantise(packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], rows: int, group_size: int
                ) -> Float[Array, "K N"]:
     """f32 weights (q - 8) * scale; the last group may be short."""
     values = layout.unpack(packed, rows).astype(jnp.float32) - layout.ZERO
@@ -15,7 +15,7 @@ def dequantise(packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], rows: 
     return values * scale[:rows]
 
 
-def matmul(x: Float[Array, "M K"], packed: Int32[Array, "K8 N"], scales: Float[Array, "G N"], *, group_size: int
+def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *, group_size: int
            ) -> Float[Array, "M N"]:
     """The product in f32; see `api.matmul`."""
     weights = dequantise(packed, scales, x.shape[1], group_size)

@@ -12,12 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from pallas_kernels import launch
+from pallas_kernels import launch, transposed
 from pallas_kernels.w4a8.dequantise import centred_of, codes_of, rounded_of
 from pallas_kernels.w4a8.layout import BLOCK, HALF
 from pallas_kernels.w4a16.dequantise import joined
-from pallas_kernels.w8a8 import kernel as w8a8
-from pallas_kernels.w8a8.kernel import Cut
+from pallas_kernels.w8a8.kernel import scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,22 +55,23 @@ def heuristic(rows: int, inner: int, outputs: int) -> Config:
 
 def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
     """Configs worth timing, with every split that fills a GPU about once."""
-    return w8a8.filling(inner, outputs, [
+    return transposed.filling(inner, outputs, [
         Config(block_n=block_n, num_warps=warps, split_k=split_k, num_stages=stages, pipelined_scales=rows <= 16)
-        for (block_n, warps), split_k, stages in itertools.product(w8a8.program_shapes(rows), w8a8.SPLITS, (3, 4))])
+        for (block_n, warps), split_k, stages in itertools.product(transposed.program_shapes(rows), transposed.SPLITS,
+                                                                   (3, 4))])
 
 
-def _cut(q_ref, packed_ref, config: Config, shares: int) -> Cut:
+def _cut(q_ref, packed_ref, config: Config, shares: int) -> transposed.Cut:
     rows, inner = q_ref.shape
-    return w8a8.cut(rows, inner, packed_ref.shape[0], block_n=config.block_n, block_k=BLOCK, shares=shares)
+    return transposed.cut(rows, inner, packed_ref.shape[0], block_n=config.block_n, block_k=BLOCK, shares=shares)
 
 
-def _packed(mine: Cut, packed_ref, block: Array) -> UInt8[Array, "n b"]:
+def _packed(mine: transposed.Cut, packed_ref, block: Array) -> UInt8[Array, "n b"]:
     byte = block * HALF + jnp.arange(HALF)
-    return w8a8.load(packed_ref, mine.output[:, None], byte[None, :], w8a8.both(mine.output_mask, None))
+    return transposed.load(packed_ref, mine.output[:, None], byte[None, :], transposed.both(mine.output_mask, None))
 
 
-def _start(mine: Cut) -> Int32[Array, "n m"]:
+def _start(mine: transposed.Cut) -> Int32[Array, "n m"]:
     return jnp.zeros((len(mine.output), len(mine.row)), jnp.int32)
 
 
@@ -80,12 +80,12 @@ def _channel_body(q_ref, row_scales_ref, packed_ref, scales_ref, *refs, config: 
     mine = _cut(q_ref, packed_ref, config, shares)
 
     def step(block: Array, total: Array) -> Array:
-        weights = joined(list(centred_of(_packed(mine, packed_ref, block), inline_asm=inline_asm)), 1)
-        return total + plgpu.dot(weights, mine.codes(q_ref, block))
+        weights = joined(list(centred_of(_packed(mine, packed_ref, block), inline_asm=inline_asm)))
+        return total + plgpu.dot(weights, mine.activations(q_ref, mine.column(block)))
 
     total = jax.lax.fori_loop(mine.first, mine.last, step, _start(mine)) >> 4  # every integer is 16-fold
     scales, row_scales = mine.per_output(scales_ref), mine.per_row(row_scales_ref)
-    product = w8a8.scaled(total, scales, row_scales)
+    product = scaled(total, scales, row_scales)
     if zeros_refs:
         sums_ref, offsets_ref = zeros_refs
         # one share answers for all that was centred
@@ -102,13 +102,13 @@ def _scaled_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
         def step(block: Array, total: Array) -> Array:
             halves = rounded_of(_packed(mine, packed_ref, block), mine.per_output(groups_ref, block), saturating=saturating,
                                 inline_asm=inline_asm)
-            return total + plgpu.dot(joined(list(halves), 1), mine.codes(q_ref, block))
+            return total + plgpu.dot(joined(list(halves)), mine.activations(q_ref, mine.column(block)))
 
         return jax.lax.fori_loop(mine.first, mine.last, step, _start(mine))
 
     # few tensors have an integer past 8 bits, and holding it there is a third of the work
     total = jax.lax.cond(saturates_ref[0] != 0, lambda: summed(True), lambda: summed(False))
-    mine.store(out_ref, w8a8.scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
+    mine.store(out_ref, scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
                q_ref.shape[0])
 
 
@@ -128,11 +128,11 @@ def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
             words = mine.per_output(groups_ref, block)
         codes = codes_of(_packed(mine, packed_ref, block), words if config.pipelined_scales else None, inline_asm=inline_asm)
         # The sum of q * scale + zero is taken apart, so that a weight costs no more than its unpacking.
-        part = plgpu.dot(joined(list(codes), 1), mine.codes(q_ref, block))
+        part = plgpu.dot(joined(list(codes)), mine.activations(q_ref, mine.column(block)))
         return total + part * (words & 0xFFFF)[:, None] + (words >> 16)[:, None] * sums[None, :], following
 
     total, _ = jax.lax.fori_loop(mine.first, mine.last, step, (_start(mine), numbers(mine.first)))
-    mine.store(out_ref, w8a8.scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
+    mine.store(out_ref, scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
                q_ref.shape[0])
 
 
@@ -157,7 +157,7 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
 def _launch(body: Callable[..., None], operands: tuple[Array, ...], *, config: Config, interpret: bool
             ) -> Float[Array, "S M N"]:
     q, packed = operands[0], operands[2]
-    shares = w8a8.share_count(q.shape[1], BLOCK, config.split_k)
+    shares = transposed.share_count(q.shape[1], BLOCK, config.split_k)
     body = functools.partial(body, config=config, shares=shares, inline_asm=config.inline_asm and not interpret)
-    return w8a8.launch_product(body, operands, outputs=len(packed), shares=shares, config=config, interpret=interpret,
-                               name="w4a8")
+    return transposed.launch_product(body, operands, outputs=len(packed), shares=shares, config=config,
+                                     interpret=interpret, name="w4a8")

@@ -14,13 +14,13 @@ from specmq_jax.formats.logical import GroupedInt4, Logical, dense_values
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4Group:
-    """packed: i32[ceil128(K) / 8, N] in `pallas_kernels.w4a16`'s layout; scales: f32[groups, N], f16's values,
+    """packed: i32[ceil(K / 128), N, 16] in `pallas_kernels.w4a16`'s layout; scales: f32[groups, N], f16's values,
     which a GPU loads ahead of time when they are four bytes wide.
 
     order: i32[K], the input that each row multiplies; None where row k multiplies input k.
     """
 
-    packed: Int32[Array, "K8 N"]
+    packed: Int32[Array, "B N 16"]
     scales: Float[Array, "G N"]
     order: Int32[Array, "K"] | None = None
 
@@ -49,8 +49,7 @@ class Int4GroupFormat(WeightFormat):
 
     def abstract(self, shape: tuple[int, int]) -> Int4Group:
         rows, columns = shape
-        packed_rows = -(-rows // 128) * 16
-        return Int4Group(jax.ShapeDtypeStruct((packed_rows, columns), jnp.int32),
+        return Int4Group(jax.ShapeDtypeStruct(w4a16.packed_shape(rows, columns), jnp.int32),
                          jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float32),
                          jax.ShapeDtypeStruct((rows,), jnp.int32) if self.act_order else None)
 

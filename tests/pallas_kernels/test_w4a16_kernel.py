@@ -9,7 +9,7 @@ import pytest
 from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
 
-from pallas_kernels.w4a16 import Config, matmul, matmul_partials, pack, unpack
+from pallas_kernels.w4a16 import Config, matmul, matmul_partials, pack, packed_shape, unpack
 
 LLAMA_8B = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
 LLAMA_70B = [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)]
@@ -55,7 +55,7 @@ def check(shape: tuple, dtype, config: Config | None, implementation: str) -> No
 def test_unpack_inverts_pack(inner):
     q = np.random.default_rng(inner).integers(0, 16, (inner, 5), dtype=np.uint8)
     packed = jax.jit(pack)(jnp.asarray(q))
-    assert packed.shape == (-(-inner // 128) * 16, 5)
+    assert packed.shape == packed_shape(inner, 5) == (-(-inner // 128), 5, 16)
     np.testing.assert_array_equal(jax.jit(unpack, static_argnums=1)(packed, inner), q)
 
 
@@ -68,12 +68,12 @@ def test_padding_has_weight_zero():
 @pytest.mark.parametrize(("shape", "config"), [
     ((1, 576, 40, 128), Config(block_n=32)),
     ((7, 320, 32, 64), Config(block_n=16, split_k=2)),
-    ((16, 384, 48, 32), Config(block_n=32, rows=32, split_k=2, transposed=True)),
+    ((16, 384, 48, 32), Config(block_n=32, split_k=2)),
     ((30, 200, 20, -1), Config(block_n=16, split_k=5)),
-    ((60, 130, 16, 128), Config(block_n=16, transposed=True)),
+    ((60, 130, 16, 128), Config(block_n=16)),
     ((5, 300, 24, -1), None),
-    ((3, 290, 48, 64), Config(block_n=16, split_k=3, transposed=True)),
-    ((9, 384, 40, 32), Config(block_n=32, transposed=True, scale_planes=True)),
+    ((3, 290, 48, 64), Config(block_n=16, split_k=3)),
+    ((9, 384, 40, 32), Config(block_n=32, scale_planes=True)),
     ((60, 300, 32, 128), Config(block_n=32, split_k=2, scale_planes=True)),
 ])
 def test_ragged_sizes_groups_and_cuts(shape, config, implementation):
@@ -103,12 +103,12 @@ def test_accumulates_beyond_the_range_of_half_precision(implementation):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("inline_asm", [True, False])
-@pytest.mark.parametrize(("transposed", "scale_planes"), [(True, True), (True, False), (False, True), (False, False)])
-def test_every_form_of_the_kernel_on_gpu(transposed, scale_planes, inline_asm, group_size, dtype):
+@pytest.mark.parametrize("scale_planes", [True, False])
+def test_every_form_of_the_kernel_on_gpu(scale_planes, inline_asm, group_size, dtype):
     for rows in (1, 12, 30, 64):
-        for block_n, packed_rows, split_k, num_warps in [(32, 16, 3, 1), (64, 32, 1, 4), (128, 16, 2, 4)]:
-            config = Config(block_n=block_n, rows=packed_rows, split_k=split_k, num_warps=num_warps,
-                            transposed=transposed, scale_planes=scale_planes, inline_asm=inline_asm)
+        for block_n, split_k, num_warps in [(32, 3, 1), (64, 1, 4), (128, 2, 4), (256, 1, 8)]:
+            config = Config(block_n=block_n, split_k=split_k, num_warps=num_warps, scale_planes=scale_planes,
+                            inline_asm=inline_asm)
             check((rows, 1120, 200, group_size), dtype, config, "kernel")
 
 
@@ -117,7 +117,7 @@ def test_every_form_of_the_kernel_on_gpu(transposed, scale_planes, inline_asm, g
 def test_real_sizes_on_gpu(inner, columns):
     """A sample of columns, the last ones included, against f64."""
     keys = jax.random.split(jax.random.key(0), 3)
-    packed = jax.random.bits(keys[0], (-(-inner // 128) * 16, columns), jnp.uint32).view(jnp.int32)
+    packed = jax.random.bits(keys[0], packed_shape(inner, columns), jnp.uint32).view(jnp.int32)
     scales = (jax.random.normal(keys[1], (-(-inner // 128), columns)) * 0.02).astype(jnp.float16)
     sample = np.unique(np.r_[:64, columns - 64:columns, np.random.default_rng(0).integers(0, columns, 128)])
     weights = expand(np.asarray(unpack(packed[:, sample], inner)), np.asarray(scales[:, sample]), 128)
@@ -143,23 +143,21 @@ def test_two_runs_give_the_same_bits_on_gpu():
 def test_lowers_to_one_launch(inner, columns):
     for rows, dtype in [(1, jnp.float16), (16, jnp.bfloat16), (30, jnp.float16), (60, jnp.bfloat16)]:
         avals = (jax.ShapeDtypeStruct((rows, inner), dtype),
-                 jax.ShapeDtypeStruct((-(-inner // 128) * 16, columns), jnp.int32),
+                 jax.ShapeDtypeStruct(packed_shape(inner, columns), jnp.int32),
                  jax.ShapeDtypeStruct((-(-inner // 128), columns), jnp.float16))
         text = cuda_text(lambda *operands: matmul_partials(*operands, group_size=128, implementation="kernel"), *avals)
         assert launches(text) == 1
 
 
 @pytest.mark.parametrize("inline_asm", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_every_form_lowers(group_size, transposed, inline_asm):
+def test_every_form_lowers(group_size, inline_asm):
     def product(config, *operands):
         return matmul(*operands, group_size=group_size, config=config, implementation="kernel")
 
     for rows, dtype, scale_planes in ((3, jnp.float16, True), (30, jnp.float16, False), (30, jnp.bfloat16, False)):
-        config = Config(rows=32, split_k=3, num_warps=4, transposed=transposed, scale_planes=scale_planes,
-                        inline_asm=inline_asm)
-        avals = (jax.ShapeDtypeStruct((rows, 576), dtype), jax.ShapeDtypeStruct((80, 960), jnp.int32),
+        config = Config(split_k=3, num_warps=4, scale_planes=scale_planes, inline_asm=inline_asm)
+        avals = (jax.ShapeDtypeStruct((rows, 576), dtype), jax.ShapeDtypeStruct(packed_shape(576, 960), jnp.int32),
                  jax.ShapeDtypeStruct((1 if group_size == -1 else 576 // group_size, 960), jnp.float16))
         assert launches(cuda_text(functools.partial(product, config), *avals)) == 1
 
@@ -168,8 +166,8 @@ def test_names_the_offending_array():
     (x, packed, scales), _ = problem(2, 200, 8, 64, jnp.float16)
     with pytest.raises(ValueError, match=r"x is int32\[2, 200\]"):
         matmul(x.astype(jnp.int32), packed, scales, group_size=64)
-    with pytest.raises(ValueError, match=r"packed is int32\[16, 8\]; expected int32\[32, N\] for K = 200"):
-        matmul(x, packed[:16], scales, group_size=64)
+    with pytest.raises(ValueError, match=r"packed is int32\[1, 8, 16\]; expected int32\[2, N, 16\] for K = 200"):
+        matmul(x, packed[:1], scales, group_size=64)
     with pytest.raises(ValueError, match=r"scales are float16\[4, 8\]; expected float32 or float16 \[2, 8\] for K = 200"):
         matmul(x, packed, scales, group_size=128)
     with pytest.raises(ValueError, match="group_size is 48; expected one of"):
@@ -180,7 +178,7 @@ def test_names_the_offending_array():
         unpack(packed, 300)
 
 
-@pytest.mark.parametrize("fields", [{"block_n": 24}, {"rows": 8}, {"split_k": 0}])
+@pytest.mark.parametrize("fields", [{"block_n": 24}, {"least_rows": 4}, {"split_k": 0}])
 def test_config_names_the_offending_field(fields):
     [(name, value)] = fields.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):

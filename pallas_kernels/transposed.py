@@ -1,0 +1,130 @@
+"""How products with few rows of activations are cut into programs.
+
+They are computed transposed, out^T = W x^T: as the tensor core's left operand the weights stay in registers, and as few as 8
+rows of activations make a product. A program takes `block_n` outputs and one share of K.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import launch
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def program_shapes(rows: int) -> list[tuple[int, int]]:
+    """Outputs and warps of a program."""
+    if rows <= 16:
+        return [(32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)]
+    return [(64, 4), (128, 4), (128, 8), (256, 8)]
+
+
+def filling(inner: int, outputs: int, configs: Sequence[Any]) -> list[Any]:
+    """Those with a split that K allows and as many warps as a GPU of about 132 SMs has use for."""
+    warps = {config: pl.cdiv(outputs, config.block_n) * config.split_k * config.num_warps for config in configs
+             if share_count(inner, config.block_k, config.split_k) == config.split_k}
+    least, most = min(500, max(warps.values())), max(3200, min(warps.values()))
+    return [config for config, count in warps.items() if least <= count <= most]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One program's part of out^T: which outputs, which blocks of K, which rows.
+
+    Attributes:
+      share: its number among the shares of K.
+      first, last: its blocks of K, the last not with it.
+      output: i32[block_n], numbers of its outputs; output_mask: which there are, None for all.
+      row: i32[block_m], numbers of the rows; row_mask: likewise.
+      block_k, inner: columns of K in a block, and all of them.
+    """
+
+    share: Int32[Array, ""]
+    first: Int32[Array, ""]
+    last: Int32[Array, ""]
+    output: Int32[Array, "n"]
+    output_mask: Array | None
+    row: Int32[Array, "m"]
+    row_mask: Array | None
+    block_k: int
+    inner: int
+
+    def column(self, block: Array) -> Int32[Array, "k"]:
+        """The columns of K of a block."""
+        return block * self.block_k + jnp.arange(self.block_k)
+
+    def inside(self, column: Array) -> Array | None:
+        """Which of a block's columns there are, None for all."""
+        return None if self.inner % self.block_k == 0 else column < self.inner
+
+    def activations(self, ref: Any, column: Int32[Array, "k"]) -> Array:
+        """The rows' values at these columns of K, transposed: [k, m], zero outside."""
+        return load(ref, column[:, None], self.row[None, :], both(self.inside(column), self.row_mask), swapped=True)
+
+    def per_output(self, ref: Any, *leading: Array) -> Array:
+        """A vector of the outputs; `leading` are the indices before them."""
+        return _load_vector(ref, leading, self.output, self.output_mask)
+
+    def per_row(self, ref: Any, *leading: Array) -> Array:
+        """A vector of the rows."""
+        return _load_vector(ref, leading, self.row, self.row_mask)
+
+    def store(self, out_ref: Any, values: Float[Array, "n m"], rows: int) -> None:
+        """Writes the share's partial product, transposed back."""
+        plgpu.store(out_ref.at[(self.share * rows + self.row)[None, :], self.output[:, None]], values,
+                    mask=both(self.output_mask, self.row_mask))
+
+
+def load(ref: Any, down: Array, across: Array, mask: Array | None, *, swapped: bool = False) -> Array:
+    """A tile whose first axis is `down`; `swapped` where that is the second one of the array."""
+    place = (across, down) if swapped else (down, across)
+    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+
+
+def both(down: Array | None, across: Array | None) -> Array | None:
+    """A tile's mask of its two axes'."""
+    if down is None or across is None:
+        return across[None, :] if down is None and across is not None else None if down is None else down[:, None]
+    return down[:, None] & across[None, :]
+
+
+def _load_vector(ref: Any, leading: tuple[Array, ...], index: Array, mask: Array | None) -> Array:
+    place = (*(jnp.broadcast_to(number, index.shape) for number in leading), index)
+    return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+
+
+def cut(rows: int, inner: int, outputs: int, *, block_n: int, block_k: int, shares: int, least_rows: int = 8) -> Cut:
+    """The present program's part, inside a kernel; `least_rows` is the least size of its axis of rows."""
+    blocks = pl.cdiv(inner, block_k)
+    each = pl.cdiv(blocks, shares)
+    share = pl.program_id(1)
+    output = pl.program_id(0) * block_n + jnp.arange(block_n)
+    block_m = max(least_rows, launch.power_of_two(rows))
+    row = jnp.arange(block_m)
+    return Cut(share=share, first=share * each, last=jnp.minimum((share + 1) * each, blocks), output=output,
+               output_mask=None if outputs % block_n == 0 else output < outputs, row=row,
+               row_mask=None if rows == block_m else row < rows, block_k=block_k, inner=inner)
+
+
+def share_count(inner: int, block_k: int, split_k: int) -> int:
+    """Shares of K, none of them empty."""
+    blocks = pl.cdiv(inner, block_k)
+    return pl.cdiv(blocks, pl.cdiv(blocks, split_k))
+
+
+def launch_product(body: Callable[..., None], operands: tuple[Array, ...], *, outputs: int, shares: int, config: Any,
+                   interpret: bool, name: str, out_dtype: Any = jnp.float32) -> Float[Array, "S M N"]:
+    """Runs a product's body, a program for each block of outputs and share of K; `operands[0]` has the rows."""
+    rows = len(operands[0])
+    [out] = launch.call(
+        body, operands, grid=(pl.cdiv(outputs, config.block_n), shares), num_warps=config.num_warps,
+        num_stages=config.num_stages, interpret=interpret, name=name,
+        out_shape=(jax.ShapeDtypeStruct((shares * rows, outputs), out_dtype),))
+    return out.reshape(shares, rows, outputs)
