@@ -27,7 +27,7 @@ def expand(q: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
     return weights
 
 
-def problem(rows: int, inner: int, columns: int, group_size: int, dtype):
+def problem(rows: int, inner: int, columns: int, group_size: int, dtype, scales_dtype=jnp.float32):
     """x, packed and scales of both signs, and x @ w in f64."""
     rng = np.random.default_rng([rows, inner, columns, group_size + 1])
     q = rng.integers(0, 16, (inner, columns), dtype=np.uint8)
@@ -35,12 +35,12 @@ def problem(rows: int, inner: int, columns: int, group_size: int, dtype):
     scales = (rng.normal(size=(groups, columns)) * 0.02).astype(np.float16)
     x = jnp.asarray(rng.normal(size=(rows, inner)), dtype)
     expected = np.asarray(x.astype(jnp.float32)).astype(np.float64) @ expand(q, scales, group_size)
-    return (x, pack(jnp.asarray(q)), jnp.asarray(scales)), expected
+    return (x, pack(jnp.asarray(q)), jnp.asarray(scales, scales_dtype)), expected
 
 
-def check(shape: tuple, dtype, config: Config | None, implementation: str) -> None:
+def check(shape: tuple, dtype, config: Config | None, implementation: str, scales_dtype=jnp.float32) -> None:
     *_, group_size = shape
-    operands, expected = problem(*shape, dtype)
+    operands, expected = problem(*shape, dtype, scales_dtype)
     partials = matmul_partials(*operands, group_size=group_size, config=config, implementation=implementation)
     assert partials.dtype == jnp.float32
     # weights scaled in f16 are rounded once more
@@ -81,6 +81,14 @@ def test_ragged_sizes_groups_and_cuts(shape, config, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("pipelined_scales", [True, False])
+@pytest.mark.parametrize("scales_dtype", [jnp.float16, jnp.float32])
+def test_scales_of_either_width(scales_dtype, pipelined_scales, implementation):
+    config = Config(block_n=32, split_k=2, pipelined_scales=pipelined_scales)
+    check((9, 400, 40, 64), jnp.float16, config, implementation, scales_dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_other_activations(dtype, implementation):
     check((3, 200, 24, 64), dtype, Config(block_n=32), implementation)
@@ -118,7 +126,7 @@ def test_real_sizes_on_gpu(inner, columns):
     """A sample of columns, the last ones included, against f64."""
     keys = jax.random.split(jax.random.key(0), 3)
     packed = jax.random.bits(keys[0], packed_shape(inner, columns), jnp.uint32).view(jnp.int32)
-    scales = (jax.random.normal(keys[1], (-(-inner // 128), columns)) * 0.02).astype(jnp.float16)
+    scales = (jax.random.normal(keys[1], (-(-inner // 128), columns)) * 0.02).astype(jnp.float16).astype(jnp.float32)
     sample = np.unique(np.r_[:64, columns - 64:columns, np.random.default_rng(0).integers(0, columns, 128)])
     weights = expand(np.asarray(unpack(packed[:, sample], inner)), np.asarray(scales[:, sample]), 128)
     errors = {}
@@ -144,7 +152,7 @@ def test_lowers_to_one_launch(inner, columns):
     for rows, dtype in [(1, jnp.float16), (16, jnp.bfloat16), (30, jnp.float16), (60, jnp.bfloat16)]:
         avals = (jax.ShapeDtypeStruct((rows, inner), dtype),
                  jax.ShapeDtypeStruct(packed_shape(inner, columns), jnp.int32),
-                 jax.ShapeDtypeStruct((-(-inner // 128), columns), jnp.float16))
+                 jax.ShapeDtypeStruct((-(-inner // 128), columns), jnp.float32))
         text = cuda_text(lambda *operands: matmul_partials(*operands, group_size=128, implementation="kernel"), *avals)
         assert launches(text) == 1
 
@@ -158,7 +166,7 @@ def test_every_form_lowers(group_size, inline_asm):
     for rows, dtype, scale_planes in ((3, jnp.float16, True), (30, jnp.float16, False), (30, jnp.bfloat16, False)):
         config = Config(split_k=3, num_warps=4, scale_planes=scale_planes, inline_asm=inline_asm)
         avals = (jax.ShapeDtypeStruct((rows, 576), dtype), jax.ShapeDtypeStruct(packed_shape(576, 960), jnp.int32),
-                 jax.ShapeDtypeStruct((1 if group_size == -1 else 576 // group_size, 960), jnp.float16))
+                 jax.ShapeDtypeStruct((1 if group_size == -1 else 576 // group_size, 960), jnp.float32))
         assert launches(cuda_text(functools.partial(product, config), *avals)) == 1
 
 
@@ -168,7 +176,7 @@ def test_names_the_offending_array():
         matmul(x.astype(jnp.int32), packed, scales, group_size=64)
     with pytest.raises(ValueError, match=r"packed is int32\[1, 8, 16\]; expected int32\[2, N, 16\] for K = 200"):
         matmul(x, packed[:1], scales, group_size=64)
-    with pytest.raises(ValueError, match=r"scales are float16\[4, 8\]; expected float32 or float16 \[2, 8\] for K = 200"):
+    with pytest.raises(ValueError, match=r"scales are float32\[4, 8\]; expected float32 or float16 \[2, 8\] for K = 200"):
         matmul(x, packed, scales, group_size=128)
     with pytest.raises(ValueError, match="group_size is 48; expected one of"):
         matmul(x, packed, scales, group_size=48)
