@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels import exact
 from pallas_kernels.attention import mask as masks
 
 BLOCK = 128
@@ -83,5 +84,6 @@ def _add_block(carry: tuple[Array, Array, Array], queries: Float[Array, "*T Hkv 
     new_largest = jnp.maximum(largest, scores.max(-1))
     weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
     decay = jnp.exp(largest - new_largest)
-    total = total * decay[..., None] + jnp.einsum("...hgj,jhd->...hgd", weights, values, precision="highest")
-    return total, new_largest, weight_sum * decay + weights.sum(-1)
+    added = jnp.einsum("...hgj,jhd->...hgd", weights, values, precision="highest")
+    total = exact.rounded(total * decay[..., None]) + added
+    return total, new_largest, exact.rounded(weight_sum * decay) + exact.row_sums(weights)[..., 0]

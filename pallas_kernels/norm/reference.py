@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import exact
 from pallas_kernels.partials import add_up
 
 
@@ -13,8 +14,12 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
     """See `api.add_rms_norm`."""
     if partials is not None:
         residual = residual + add_up(partials)
-    if reproducible:  # a CPU adds up 16 rows in another order than one
-        mean_square = jax.lax.map(lambda row: jnp.mean(row * row, keepdims=True), residual)
-    else:
-        mean_square = jnp.mean(residual * residual, axis=-1, keepdims=True)
-    return residual, (residual * jax.lax.rsqrt(mean_square + eps) * weight).astype(out_dtype)
+    return residual, (residual * _inverse_rms(residual, eps, reproducible) * weight).astype(out_dtype)
+
+
+def _inverse_rms(rows: Float[Array, "M D"], eps: float, reproducible: bool) -> Float[Array, "M 1"]:
+    if not reproducible:
+        return jax.lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
+    # a CPU adds up 16 rows in another order than one, and the mean's product is fused with the addition of eps for some rows
+    mean_square = exact.rounded(exact.row_sums(exact.rounded(rows * rows)) / rows.shape[1])
+    return 1 / exact.rounded(jnp.sqrt(mean_square + eps))  # a reciprocal root may be approximated, these two are exact

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import exact
 from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.partials import add_up
 
@@ -12,7 +13,8 @@ def rotate(x: Float[Array, "M H d"], cos: Float[Array, "M d2"], sin: Float[Array
     """Rotates the pairs (x[j], x[j + d/2]) by the rows' angles (GPT-NeoX's convention)."""
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    a_cos, b_sin, a_sin, b_cos = map(exact.rounded, (a * cos, b * sin, a * sin, b * cos))
+    return jnp.concatenate([a_cos - b_sin, a_sin + b_cos], axis=-1)
 
 
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import w4a8
+from pallas_kernels import exact, w4a8
 from pallas_kernels.w8a8 import api as w8a8
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.dense import Dense, DenseFormat
 from specmq_jax.formats.int8 import Int8Channel, Int8ChannelFormat
 from specmq_jax.formats.logical import Logical
 from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format
-
-_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +62,9 @@ class ExpandedIntegersFormat(WeightFormat):
         del reproducible  # sums of whole numbers are the same in any order, up to 2^24
         codes, row_scales = w8a8.quantise_rows(x)
         codes = codes.astype(jnp.float32)
-        product = _rounded_once(jnp.dot(codes, weight.integers, precision="highest") * weight.scales)
-        offsets = _rounded_once(jnp.sum(codes, axis=1, keepdims=True) * weight.offsets)
-        return _rounded_once((product - offsets) * row_scales[:, None])[None]
-
-
-def _rounded_once(product: Float[Array, "M N"]) -> Float[Array, "M N"]:
-    """A product that no addition behind it is fused with: the compiler would, for some numbers of rows."""
-    return jnp.clip(product, -_LARGEST, _LARGEST)
+        product = exact.rounded(jnp.dot(codes, weight.integers, precision="highest") * weight.scales)
+        offsets = exact.rounded(jnp.sum(codes, axis=1, keepdims=True) * weight.offsets)
+        return exact.rounded((product - offsets) * row_scales[:, None])[None]
 
 
 def expanded(weight_format: WeightFormat) -> WeightFormat:

@@ -20,6 +20,11 @@ def tiny_config(**changes) -> sm.LlamaConfig:
     return sm.LlamaConfig(**(sizes | changes))
 
 
+def expanded(model: sm.Model, precision: str) -> sm.Model:
+    """Of an fp32 model, what `load` makes on a CPU of an fp16 checkpoint of its weights."""
+    return dataclasses.replace(model, precision="fp16").with_precision(precision)
+
+
 @flax.struct.dataclass
 class OracleState:
     position: jax.Array

@@ -69,6 +69,17 @@ def test_the_packaged_heads_draft_and_change_no_token(target, expected, version)
     assert mean_accept_length(target, drafter, expected) > 1.8
 
 
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8-qqq-g128"])
+def test_speculation_changes_no_token_where_activations_are_rounded(demo_directory, precision):
+    target = sm.load(demo_directory, precision=precision, expand=True)
+    plain = sm.Decoder(target, config=sm.DecodeConfig(max_len=512))
+    expected = [(prompt, plain.generate(prompt, 16).tokens.tolist()) for prompt in prompts(12)]
+    tree = sm.TreeConfig(depth=3, top_k=4, size=12)
+    drafters = [sm.EagleDrafter(sm.load_head(demo_model.head(version), target), tree) for version in (2, 3)]
+    for drafter in (sm.ChainDrafter(target.with_precision("w4a16-g64"), 4), *drafters):
+        assert mean_accept_length(target, drafter, expected) > 1.3
+
+
 def mean_accept_length(target, drafter, expected):
     """Over all prompts, each of which must get the expected tokens."""
     decoder = sm.Decoder(target, drafter, sm.DecodeConfig(max_len=512))

@@ -1,8 +1,9 @@
-"""Speculation at precisions with 8-bit activations: a CPU gives a small model's plain output there too."""
+"""Speculation at precisions with 8-bit activations: on a CPU it gives the plain output, and leaves the plain cache's bits."""
 
+import jax
 import numpy as np
 import pytest
-from fakes import DATA
+from fakes import DATA, expanded, tiny_config
 
 import specmq_jax as sm
 
@@ -15,17 +16,46 @@ def drafter(method: str, target: sm.Model) -> sm.Drafter:
     if method == "spec":
         return sm.ChainDrafter(target.with_precision("w4a16-g64"), 4)
     verifier = target.with_precision("w4a8-qqq") if method == "hier" else target
-    eagle = sm.EagleDrafter(sm.load_head(DATA / "eagle" / "eagle2_head", verifier), TREE)
+    eagle = sm.EagleDrafter(sm.load_head(DATA / "eagle" / f"eagle{3 if method == 'eagle3' else 2}_head", verifier), TREE)
     return sm.HierarchicalDrafter(verifier, eagle, 2) if method == "hier" else eagle
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_drafter_gives_the_plain_output(precision):
-    target = sm.load(DATA / "checkpoints" / "fp16", precision=precision)
+def check(target: sm.Model, methods: tuple[str, ...]) -> None:
+    """Tokens, and on a CPU the bits of the cache, are the plain ones behind prompts of several lengths."""
     prompts = [np.random.default_rng(seed).integers(0, target.config.vocab_size, length).tolist()
                for seed, length in enumerate((1, 30, 70))]
     plain = sm.Decoder(target, config=CONFIG)
-    expected = [plain.generate(prompt, 40).tokens.tolist() for prompt in prompts]
-    for method in ("spec", "eagle2", "hier"):
+    expected = [decode(plain, prompt) for prompt in prompts]
+    for method in methods:
         decoder = sm.Decoder(target, drafter(method, target), CONFIG)
-        assert [decoder.generate(prompt, 40).tokens.tolist() for prompt in prompts] == expected, method
+        for prompt, (tokens, rows) in zip(prompts, expected, strict=True):
+            found_tokens, found_rows = decode(decoder, prompt)
+            assert found_tokens == tokens, method
+            if jax.default_backend() == "cpu":
+                for i, (found, wanted) in enumerate(zip(found_rows, rows, strict=True)):
+                    np.testing.assert_array_equal(found, wanted, err_msg=f"{method}, array {i}")
+
+
+def decode(decoder: sm.Decoder, prompt: list[int]) -> tuple[list[int], list[np.ndarray]]:
+    """The tokens, and the keys and values of each layer behind all of them but the last."""
+    state = decoder.prefill(prompt, 40)
+    while not state.done:
+        state = decoder.round(state)
+    length = int(state.length)
+    return (np.asarray(state.tokens)[:length].tolist(),
+            [np.asarray(rows)[:length - 1] for rows in (*state.cache.keys, *state.cache.values)])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_drafter_gives_the_plain_output_and_cache(precision):
+    check(sm.load(DATA / "checkpoints" / "fp16", precision=precision), ("spec", "eagle2", "hier"))
+
+
+def test_a_head_that_reads_captured_states_gives_the_plain_output_and_cache():
+    check(sm.load(DATA / "eagle" / "eagle3_base", precision="w8a8"), ("eagle3",))
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8-qoq"])
+def test_sizes_that_are_no_powers_of_two_give_the_plain_output_and_cache(precision):
+    config = tiny_config(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64)
+    check(expanded(sm.random_model(config, "fp32", seed=4), precision), ("spec",))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import DATA, OracleDrafter, tiny_config
+from fakes import DATA, OracleDrafter, expanded, tiny_config
 
 import specmq_jax as sm
+from pallas_kernels.norm import api as norm_kernels
 from specmq_jax.tree import DraftTree
 
 TREE = sm.TreeConfig(depth=2, top_k=3, size=6)
@@ -128,15 +129,35 @@ class States(Target):
     """The final states in the logits' place: an f32 product with the vocabulary promises no bits on a CPU."""
 
     def loaded(self, precision, **sizes):
-        return sm.load(DATA / "checkpoints" / "fp16", precision=precision, expand=True)
+        if not sizes:
+            return sm.load(DATA / "checkpoints" / "fp16", precision=precision, expand=True)
+        return expanded(sm.random_model(tiny_config(vocab_size=512, max_position=1024, **sizes), "fp32", seed=4), precision)
 
     def _run(self, params, cache, tree):
         hidden, _, cache = self.module.apply(params, tree.tokens, cache, tree.depth, tree.mask)
         return hidden, cache
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128"])
-def test_a_nodes_states_have_the_bits_of_plain_decoding_where_a_cpu_rounds_activations(precision):
-    target = States(precision)
+@pytest.mark.parametrize(("precision", "sizes"), [
+    *((precision, {}) for precision in ("w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128")),
+    ("w8a8", DEMO), ("w4a8-qoq", DEMO)], ids=lambda value: value if isinstance(value, str) else str(len(value)))
+def test_a_nodes_states_have_the_bits_of_plain_decoding_where_a_cpu_rounds_activations(precision, sizes):
+    target = States(precision, **sizes)
     assert target.module.format.rounds_activations
     check_bits(target, (62, 130))
+
+
+@pytest.mark.parametrize("columns", [64, 65, 576, 4096])
+def test_a_rows_norm_has_the_same_bits_beside_any_rows(columns):
+    rng = np.random.default_rng(columns)
+    rows, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, columns), (columns,)))
+    norm = jax.jit(functools.partial(norm_kernels.add_rms_norm, eps=1e-5, out_dtype=jnp.float32, reproducible=True))
+    alone = np.concatenate([norm(row[None], row[None, None], weight)[1] for row in rows])
+    np.testing.assert_allclose(alone, reference_norm(2 * rows, weight), rtol=1e-5, atol=1e-6)
+    for count in (2, 3, 5, 8, 16, 33, 64):
+        np.testing.assert_array_equal(norm(rows[:count], rows[None, :count], weight)[1], alone[:count], err_msg=f"{count}")
+
+
+def reference_norm(rows, weight):
+    rows = np.asarray(rows, np.float64)
+    return rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + 1e-5) * np.asarray(weight)
