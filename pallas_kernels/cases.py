@@ -143,7 +143,8 @@ def integer_product(rows: int, inner: int, columns: int, kind: str, *, result: s
         rows_and_sums = w8a8.quantise_rows(jax.random.normal(of_x, (rows, inner)), sums=w4a8.BLOCK if grouped else -1,
                                            implementation="reference")
         scales = jax.random.uniform(of_scales, (columns,), minval=0.01, maxval=0.02)
-        packed = jax.random.bits(of_weights, (columns, inner if bits == 8 else w4a8.packed_bytes(inner)), jnp.uint8)
+        shape = (columns, inner) if bits == 8 else w4a8.packed_shape(columns, inner)
+        packed = jax.random.bits(of_weights, shape, jnp.uint8)
         if bits == 8:
             return *rows_and_sums, packed.view(jnp.int8), scales
         if not grouped:

@@ -68,6 +68,12 @@ class Cut:
         """The rows' values at these columns of K, transposed: [k, m], zero outside."""
         return load(ref, column[:, None], self.row[None, :], both(self.inside(column), self.row_mask), swapped=True)
 
+    def tile(self, ref: Any, block: Array, across: Array) -> Array:
+        """What [block, output, across] holds, [n, len(across)]."""
+        mask = both(self.output_mask, None)
+        place = jnp.broadcast_to(block, (1, 1)), self.output[:, None], across[None, :]
+        return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+
     def per_output(self, ref: Any, *leading: Array) -> Array:
         """A vector of the outputs; `leading` are the indices before them."""
         return _load_vector(ref, leading, self.output, self.output_mask)

@@ -114,10 +114,8 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
             scales = scales_of(block)
         # The next block's scales are asked for before this one's weights are used, where no pipeline does it for them.
         following = scales_of(block + 1) if scales and not pipelined_scales else []
-        place = jnp.broadcast_to(block, (1, 1)), mine.output[:, None], jnp.arange(words)[None, :]
-        mask = transposed.both(mine.output_mask, None)
-        packed = plgpu.load(packed_ref.at[place], mask=mask, other=None if mask is None else 0)
-        planes = planes_of(packed, x_ref.dtype, scales if pipelined_scales else [], inline_asm=inline_asm)
+        planes = planes_of(mine.tile(packed_ref, block, jnp.arange(words)), x_ref.dtype, scales if pipelined_scales else [],
+                           inline_asm=inline_asm)
         for group in range(groups):
             own = planes[group * group_planes:(group + 1) * group_planes]
             if scales and scale_planes:

@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import launch
 from pallas_kernels.w4a8 import kernel, reference
-from pallas_kernels.w4a8.layout import BLOCK, packed_bytes
+from pallas_kernels.w4a8.layout import BLOCK, check_packed
 from pallas_kernels.w8a8.kernel import MAX_ROWS
 
 
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "1 M"] | None,
-                     packed: UInt8[Array, "N B"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
+                     packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
                      config: kernel.Config | None = None, implementation: str | None = None,
                      reproducible: bool = False) -> Float[Array, "S M N"]:
     """q @ w^T times both scales with w = code * scale - offset, as split-K partial products.
@@ -22,7 +22,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
 
     Args:
       q, row_scales, sums: from `w8a8.quantise_rows`; sums of whole rows where there are offsets.
-      packed: uint8[N, ceil(K / 128) * 64], from `pack`.
+      packed: uint8[ceil(K / 128), N, 64], from `pack`.
       scales: f32[N].
       offsets: f32[N], or None for 8 * scales.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
@@ -36,9 +36,9 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
       ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
     """
     _check_rows(q, row_scales, sums, 0 if offsets is None else q.shape[1])
-    _check_packed(packed, q.shape[1])
+    check_packed(packed, q.shape[1])
     for name, vector in (("scales", scales), ("offsets", offsets)):
-        _check("float32", name, vector, jnp.float32, packed.shape[:1])
+        _check("float32", name, vector, jnp.float32, packed.shape[1:2])
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > MAX_ROWS:
         return reference.channel_product(q, row_scales, sums, packed, scales, offsets)[None]
@@ -48,7 +48,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
 
 
 def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
-                   packed: UInt8[Array, "N B"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
+                   packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
                    saturates: Int32[Array, "1"] | None, *, config: kernel.Config | None = None,
                    implementation: str | None = None, reproducible: bool = False) -> Float[Array, "S M N"]:
     """The same with w = w8 * channel_scale, where groups of 128 codes stand for 8-bit integers w8.
@@ -73,9 +73,9 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
     """
     zeros = saturates is None
     _check_rows(q, row_scales, sums, BLOCK if zeros else 0)
-    _check_packed(packed, q.shape[1])
-    _check("int32", "groups", groups, jnp.int32, (-(-q.shape[1] // BLOCK), packed.shape[0]))
-    _check("float32", "channel_scales", channel_scales, jnp.float32, packed.shape[:1])
+    check_packed(packed, q.shape[1])
+    _check("int32", "groups", groups, jnp.int32, (-(-q.shape[1] // BLOCK), packed.shape[1]))
+    _check("float32", "channel_scales", channel_scales, jnp.float32, packed.shape[1:2])
     _check("int32", "saturates", saturates, jnp.int32, (1,))
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > MAX_ROWS:
@@ -94,7 +94,7 @@ def tuning_key(rows: int, inner: int, outputs: int, scales: str, zeros: bool) ->
 
 
 def _config(q: Array, packed: Array, scales: str, zeros: bool, reproducible: bool) -> kernel.Config:
-    (rows, inner), outputs = q.shape, packed.shape[0]
+    (rows, inner), outputs = q.shape, packed.shape[1]
     rows = MAX_ROWS if reproducible else rows
     fields = launch.tuned("w4a8", tuning_key(rows, inner, outputs, scales, zeros))
     return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
@@ -111,12 +111,6 @@ def _check_rows(q: Array, row_scales: Array, sums: Array | None, summed: int) ->
     if sums is None:
         raise ValueError(f"sums are missing, which zero points need; expected int32{list(expected)} from quantise_rows")
     _check("int32", "sums", sums, jnp.int32, expected)
-
-
-def _check_packed(packed: Array, inner: int) -> None:
-    if packed.ndim != 2 or packed.dtype != jnp.uint8 or packed.shape[1] != packed_bytes(inner):
-        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected uint8[N, {packed_bytes(inner)}] for K = "
-                         f"{inner}")
 
 
 def _check(kind: str, name: str, array: Array | None, dtype: Any, shape: tuple[int, ...]) -> None:

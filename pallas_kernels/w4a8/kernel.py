@@ -63,12 +63,11 @@ def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
 
 def _cut(q_ref, packed_ref, config: Config, shares: int) -> transposed.Cut:
     rows, inner = q_ref.shape
-    return transposed.cut(rows, inner, packed_ref.shape[0], block_n=config.block_n, block_k=BLOCK, shares=shares)
+    return transposed.cut(rows, inner, packed_ref.shape[1], block_n=config.block_n, block_k=BLOCK, shares=shares)
 
 
 def _packed(mine: transposed.Cut, packed_ref, block: Array) -> UInt8[Array, "n b"]:
-    byte = block * HALF + jnp.arange(HALF)
-    return transposed.load(packed_ref, mine.output[:, None], byte[None, :], transposed.both(mine.output_mask, None))
+    return mine.tile(packed_ref, block, jnp.arange(HALF))
 
 
 def _start(mine: transposed.Cut) -> Int32[Array, "n m"]:
@@ -138,7 +137,7 @@ def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
-                     packed: UInt8[Array, "N B"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
+                     packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
                      config: Config, interpret: bool) -> Float[Array, "S M N"]:
     """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
     zeros = () if offsets is None else (sums, offsets)
@@ -147,7 +146,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
-                   packed: UInt8[Array, "N B"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
+                   packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
                    saturates: Int32[Array, "1"] | None, *, config: Config, interpret: bool) -> Float[Array, "S M N"]:
     """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
     body, last = (_zeroed_groups_body, sums) if saturates is None else (_scaled_groups_body, saturates)
@@ -159,5 +158,5 @@ def _launch(body: Callable[..., None], operands: tuple[Array, ...], *, config: C
     q, packed = operands[0], operands[2]
     shares = transposed.share_count(q.shape[1], BLOCK, config.split_k)
     body = functools.partial(body, config=config, shares=shares, inline_asm=config.inline_asm and not interpret)
-    return transposed.launch_product(body, operands, outputs=len(packed), shares=shares, config=config,
+    return transposed.launch_product(body, operands, outputs=packed.shape[1], shares=shares, config=config,
                                      interpret=interpret, name="w4a8")

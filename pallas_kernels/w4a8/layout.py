@@ -1,7 +1,8 @@
 """4-bit codes two to a byte: a block of 128 columns of K, which is also a group, in 64 bytes; a group's numbers in a word.
 
-Byte j of a block holds column j in its low nibble and column 64 + j in its high one, so that a mask and a shift of four
-bytes at a time give two runs of integers in the order in which the tensor core takes them.
+All outputs' bytes of a block lie together: what a program reads at a time is one piece of memory. Byte j of a block holds
+column j in its low nibble and column 64 + j in its high one, so that a mask and a shift of four bytes at a time give two
+runs of integers in the order in which the tensor core takes them.
 """
 
 import jax
@@ -12,31 +13,37 @@ BLOCK = 128
 HALF = BLOCK // 2
 
 
-def packed_bytes(rows: int) -> int:
-    """Bytes of an output's `rows` codes, whole blocks."""
-    return -(-rows // BLOCK) * HALF
+def packed_shape(outputs: int, rows: int) -> tuple[int, int, int]:
+    """The shape of what `pack` makes of uint8[outputs, rows]."""
+    return -(-rows // BLOCK), outputs, HALF
 
 
-def pack(q: UInt8[Array, "N K"]) -> UInt8[Array, "N B"]:
+def pack(q: UInt8[Array, "N K"]) -> UInt8[Array, "B N 64"]:
     """Packs codes 0..15, an output a row; columns that pad K to a multiple of 128 have code 0.
 
-    Returns uint8[N, ceil(K / 128) * 64]. Raises ValueError for anything but uint8[N, K].
+    Returns uint8[ceil(K / 128), N, 64]. Raises ValueError for anything but uint8[N, K].
     """
     if q.ndim != 2 or q.dtype != jnp.uint8:
         raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected uint8[N, K]")
     outputs, rows = q.shape
-    halves = jnp.pad(q, ((0, 0), (0, 2 * packed_bytes(rows) - rows))).reshape(outputs, -1, 2, HALF)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(outputs, -1)
+    halves = jnp.pad(q, ((0, 0), (0, -rows % BLOCK))).reshape(outputs, -1, 2, HALF)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).swapaxes(0, 1)
 
 
-def unpack(packed: UInt8[Array, "N B"], rows: int) -> UInt8[Array, "N K"]:
+def unpack(packed: UInt8[Array, "B N 64"], rows: int) -> UInt8[Array, "N K"]:
     """The codes uint8[N, rows] that `pack` was given. Raises ValueError when `packed` does not hold `rows` columns."""
-    if packed.ndim != 2 or packed.dtype != jnp.uint8 or packed.shape[1] != packed_bytes(rows):
-        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected uint8[N, {packed_bytes(rows)}] for "
-                         f"K = {rows}")
-    halves = packed.reshape(packed.shape[0], -1, 1, HALF)
+    check_packed(packed, rows)
+    halves = packed.swapaxes(0, 1)[:, :, None]
     both = jnp.concatenate([halves & 15, halves >> 4], axis=2)
-    return both.reshape(packed.shape[0], -1)[:, :rows]
+    return both.reshape(packed.shape[1], -1)[:, :rows]
+
+
+def check_packed(packed: Array, rows: int) -> None:
+    """Raises ValueError when `packed` does not hold `rows` columns."""
+    expected = packed_shape(packed.shape[1] if packed.ndim == 3 else 0, rows)
+    if packed.shape != expected or packed.dtype != jnp.uint8:
+        raise ValueError(f"packed is {packed.dtype}{list(packed.shape)}; expected uint8[{expected[0]}, N, {HALF}] for "
+                         f"K = {rows}")
 
 
 def pack_groups(scales: Shaped[Array, "G N"], zeros: Shaped[Array, "G N"] | None) -> Int32[Array, "G N"]:

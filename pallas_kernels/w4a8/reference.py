@@ -8,7 +8,7 @@ from pallas_kernels.w8a8 import reference as w8a8
 
 
 def channel_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
-                    packed: UInt8[Array, "N B"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None
+                    packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None
                     ) -> Float[Array, "M N"]:
     """See `api.channel_partials`."""
     codes = unpack(packed, q.shape[1]).astype(jnp.int8)
@@ -18,7 +18,7 @@ def channel_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: 
     return plain - (sums.sum(0).astype(jnp.float32) * row_scales)[:, None] * offsets
 
 
-def group_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], packed: UInt8[Array, "N B"],
+def group_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], packed: UInt8[Array, "B N 64"],
                   groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"], *, with_zeros: bool
                   ) -> Float[Array, "M N"]:
     """See `api.group_partials`."""

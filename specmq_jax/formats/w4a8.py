@@ -21,9 +21,9 @@ _PROTECTED = 119  # QoQ's first level stops short of 127, so that the second one
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4Channel:
-    """packed: uint8[N, B] in `pallas_kernels.w4a8`'s layout; scales, offsets: f32[N]; w = q * scale - offset."""
+    """packed: uint8[B, N, 64] in `pallas_kernels.w4a8`'s layout; scales, offsets: f32[N]; w = q * scale - offset."""
 
-    packed: UInt8[Array, "N B"]
+    packed: UInt8[Array, "B N 64"]
     scales: Float[Array, "N"]
     offsets: Float[Array, "N"]
 
@@ -31,10 +31,10 @@ class Int4Channel:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4TwoLevel:
-    """packed: uint8[N, B] and groups: int32[G, N] in `pallas_kernels.w4a8`'s layout; channel_scales: f32[N]; saturates:
+    """packed: uint8[B, N, 64] and groups: int32[G, N] in `pallas_kernels.w4a8`'s layout; channel_scales: f32[N]; saturates:
     int32[1], whether any integer must be held to 8 bits, None where groups have zeros."""
 
-    packed: UInt8[Array, "N B"]
+    packed: UInt8[Array, "B N 64"]
     groups: Int32[Array, "G N"]
     channel_scales: Float[Array, "N"]
     saturates: Int32[Array, "1"] | None
@@ -65,7 +65,7 @@ class Int4Int8Format(WeightFormat):
         def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        packed, scales = array(jnp.uint8, columns, w4a8.packed_bytes(rows)), array(jnp.float32, columns)
+        packed, scales = array(jnp.uint8, *w4a8.packed_shape(columns, rows)), array(jnp.float32, columns)
         if self.group_size == -1:
             return Int4Channel(packed, scales, array(jnp.float32, columns))
         groups = array(jnp.int32, -(-rows // self.group_size), columns)
@@ -111,8 +111,8 @@ class Int4Int8Format(WeightFormat):
 
     def outputs(self, weight: Any, kept: Int32[Array, "n"]) -> Any:
         if isinstance(weight, Int4Channel):
-            return Int4Channel(weight.packed[kept], weight.scales[kept], weight.offsets[kept])
-        return Int4TwoLevel(weight.packed[kept], weight.groups[:, kept], weight.channel_scales[kept], weight.saturates)
+            return Int4Channel(weight.packed[:, kept], weight.scales[kept], weight.offsets[kept])
+        return Int4TwoLevel(weight.packed[:, kept], weight.groups[:, kept], weight.channel_scales[kept], weight.saturates)
 
     def _quantise(self, values: Float[Array, "K N"]) -> ChannelInt4 | TwoLevelInt4:
         """Round-to-nearest of plain values."""

@@ -15,6 +15,7 @@ from pallas_kernels.w4a8 import (
     group_partials,
     pack,
     pack_groups,
+    packed_shape,
     saturates,
     unpack,
     unpack_groups,
@@ -105,7 +106,7 @@ def test_lowers_to_one_launch(kind, inner, outputs, rows):
     def aval(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    scales, packed = aval(jnp.float32, outputs), aval(jnp.uint8, outputs, groups * 64)
+    scales, packed = aval(jnp.float32, outputs), aval(jnp.uint8, *packed_shape(outputs, inner))
     given = {"q": aval(jnp.int8, rows, inner), "row_scales": aval(jnp.float32, rows), "packed": packed}
     if zeros:
         given["sums"] = aval(jnp.int32, groups if kind.startswith("groups") else 1, rows)
@@ -139,7 +140,9 @@ def test_real_sizes_on_gpu(kind, rows, inner, outputs):
 @pytest.mark.parametrize("columns", [1, 127, 128, 300])
 def test_unpacking_returns_the_codes(columns):
     codes = np.random.default_rng(columns).integers(0, 16, (5, columns)).astype(np.uint8)
-    np.testing.assert_array_equal(unpack(pack(jnp.asarray(codes)), columns), codes)
+    packed = pack(jnp.asarray(codes))
+    assert packed.shape == packed_shape(5, columns)
+    np.testing.assert_array_equal(unpack(packed, columns), codes)
 
 
 def test_integers_are_rounded_half_to_even_and_held_to_8_bits():
@@ -175,8 +178,8 @@ def test_groups_unpack_to_what_was_packed():
 
 def test_names_the_offending_array():
     _, (codes, row_scales, sums), (packed, scales, offsets), _ = problem("channel-zeros", 2, 256, 16)
-    with pytest.raises(ValueError, match=r"packed is uint8\[16, 64\]; expected uint8\[N, 128\] for K = 256"):
-        channel_partials(codes, row_scales, sums, packed[:, :64], scales, offsets)
+    with pytest.raises(ValueError, match=r"packed is uint8\[1, 16, 64\]; expected uint8\[2, N, 64\] for K = 256"):
+        channel_partials(codes, row_scales, sums, packed[:1], scales, offsets)
     with pytest.raises(ValueError, match=r"scales is float32\[15\]; expected float32\[16\]"):
         channel_partials(codes, row_scales, sums, packed, scales[:15], offsets)
     with pytest.raises(ValueError, match=r"sums are missing, which zero points need; expected int32\[1, 2\]"):
