@@ -7,6 +7,7 @@ partial product of a group or its weights.
 import dataclasses
 import functools
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,8 @@ class Config:
     least_rows: int = 8
     inline_asm: bool = True
 
+    block_k: ClassVar[int] = layout.BLOCK
+
     def __post_init__(self):
         launch.check_powers_of_two(self, block_n=16)
         if self.split_k < 1:
@@ -72,17 +75,12 @@ def candidates(rows: int, inner: int, columns: int) -> list[Config]:
     """Configs worth timing: shapes of a program that have won somewhere, with every split that fills the GPU about once."""
     if rows <= 16:
         shapes = [{"block_n": block_n, "num_warps": warps} for block_n, warps in ((64, 1), (128, 2), (128, 4), (256, 4))]
-        warps_in_flight = 500, 3000
     else:
         shapes = [{"block_n": block_n, "num_warps": warps, "scale_planes": scaled}
                   for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)) for scaled in (False, True)]
-        warps_in_flight = 400, 2400
-    configs = [Config(**shape, split_k=split_k, num_stages=stages)
-               for shape, split_k, stages in itertools.product(shapes, (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), (3, 4))]
-    warps = {config: pl.cdiv(columns, config.block_n) * config.split_k * config.num_warps for config in configs
-             if shares(inner, config) == config.split_k}
-    least, most = min(warps_in_flight[0], max(warps.values())), max(warps_in_flight[1], min(warps.values()))
-    return [config for config, count in warps.items() if least <= count <= most]
+    return transposed.filling(inner, columns, [
+        Config(**shape, split_k=split_k, num_stages=stages)
+        for shape, split_k, stages in itertools.product(shapes, (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), (3, 4))])
 
 
 def shares(inner: int, config: Config) -> int:
