@@ -32,7 +32,7 @@ def generate(decoder: sm.Decoder, prompt_ids: Sequence[int], max_new_tokens: int
     Raises:
       UserError: as `Decoder.generate`.
     """
-    state, prefill_seconds, draft_prefill_seconds = decoder._timed_prefill(prompt_ids, max_new_tokens, None)
+    state, prefill_seconds, draft_prefill_seconds = decoder.timed_prefill(prompt_ids, max_new_tokens)
     (device,) = state.length.devices()
     most = jax.device_put(np.int32(_ROUNDS), device)
     seconds, rounds, inner = 0.0, 0, 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from specmq_jax.errors import UserError
-from specmq_jax.sampling import Greedy, Sampling
+from specmq_jax.sampling import Greedy, Sampler
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -200,7 +200,7 @@ class DecodeConfig:
     """
 
     max_len: int = 2048
-    sampling: Greedy | Sampling = Greedy()
+    sampling: Sampler = Greedy()
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
     prefill_chunks: tuple[int, ...] | None = None

@@ -175,7 +175,29 @@ class Decoder:
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache.
         """
-        return self._timed_prefill(prompt_ids, max_new_tokens, seed, key)[0]
+        return self.timed_prefill(prompt_ids, max_new_tokens, seed=seed, key=key)[0]
+
+    def timed_prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None,
+                      key: Any = None) -> tuple[DecodeState, float, float]:
+        """`prefill`, and the seconds that the target's and the drafter's passes over the prompt took."""
+        prompt = self._checked(prompt_ids)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
+        key = jax.random.key(self.config.seed if seed is None else seed) if key is None else key
+        start = time.perf_counter()
+        hidden, cache, chunks = self._ingest_all(prompt)
+        first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
+        middle = time.perf_counter()
+        drafter = self._placed(self.drafter.init(self._capacity))
+        following = np.append(prompt[1:], int(first)).astype(np.int32)
+        for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
+            drafter = self._ingest_drafter(self.drafter.params, drafter, tokens, next_tokens, features,
+                                           count)
+        jax.block_until_ready(drafter)
+        end = time.perf_counter()
+        room = self.config.max_len - len(prompt)
+        limit = len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))
+        return self._start(prompt, first, limit, cache, drafter, key), middle - start, end - middle
 
     def round(self, state: DecodeState) -> DecodeState:
         """One round: propose, verify, accept, advance. The state given is consumed; a finished one comes back as is."""
@@ -184,7 +206,7 @@ class Decoder:
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
                  ) -> Generation:
         """Prefills and decodes to the end in one jitted loop; arguments and errors as in `prefill`."""
-        state, prefill_seconds, draft_prefill_seconds = self._timed_prefill(prompt_ids, max_new_tokens, seed)
+        state, prefill_seconds, draft_prefill_seconds = self.timed_prefill(prompt_ids, max_new_tokens, seed=seed)
         start = time.perf_counter()
         state = jax.block_until_ready(self._run(self.params, state, self._all))
         seconds = time.perf_counter() - start
@@ -244,31 +266,9 @@ class Decoder:
                                      ) / rounds
 
         fresh()
-        prefill = statistics.median(sum(self._timed_prefill(prompt_ids, None, None)[1:]) for _ in range(repeats))
+        prefill = statistics.median(sum(self.timed_prefill(prompt_ids)[1:]) for _ in range(repeats))
         draft = 0.0 if self.drafter.max_depth == 0 else median(self._time_draft)
         return PhaseTimes(prefill=prefill, draft=draft, verify=median(self._time_verify), round=median(self._run))
-
-    def _timed_prefill(self, prompt_ids: Sequence[int], max_new_tokens: int | None, seed: int | None, key: Any = None
-                       ) -> tuple[DecodeState, float, float]:
-        """The state, and the seconds that the target's and the drafter's passes over the prompt took."""
-        prompt = self._checked(prompt_ids)
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
-        key = jax.random.key(self.config.seed if seed is None else seed) if key is None else key
-        start = time.perf_counter()
-        hidden, cache, chunks = self._ingest_all(prompt)
-        first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
-        middle = time.perf_counter()
-        drafter = self._placed(self.drafter.init(self._capacity))
-        following = np.append(prompt[1:], int(first)).astype(np.int32)
-        for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
-            drafter = self._ingest_drafter(self.drafter.params, drafter, tokens, next_tokens, features,
-                                           count)
-        jax.block_until_ready(drafter)
-        end = time.perf_counter()
-        room = self.config.max_len - len(prompt)
-        limit = len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))
-        return self._start(prompt, first, limit, cache, drafter, key), middle - start, end - middle
 
     def _checked(self, prompt_ids: Sequence[int]) -> Int32[np.ndarray, "n"]:
         prompt = check_tokens(prompt_ids, self.target.config)

@@ -5,12 +5,21 @@ same tokens, whatever drafted them (Gumbel-max; see design notes in `decode`).
 """
 
 import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from specmq_jax.errors import UserError
+
+
+class Sampler(Protocol):
+    """How a token is drawn; hashable, for it is a constant of jitted functions."""
+
+    def __call__(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: Any) -> Int32[Array, "T"]:
+        """One token a row; `positions[i]` is the position of the token drawn after row i, `key` what `Decoder.prefill` was
+        given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
