@@ -152,6 +152,8 @@ def test_names_the_offending_array():
         causal_attention(q, cache, cache[:7], length)
     with pytest.raises(ValueError, match="float32, float16 and float16; expected one dtype"):
         causal_attention(q, cache.astype(jnp.float16), cache.astype(jnp.float16), length)
+    with pytest.raises(ValueError, match="scale is -0.5; expected a positive number"):
+        causal_attention(q, cache, cache, length, scale=-0.5)
     with pytest.raises(ValueError, match="head_dim is 24; the kernel expects a power of two"):
         causal_attention(jnp.zeros((3, 4, 24)), jnp.zeros((8, 2, 24)), jnp.zeros((8, 2, 24)), length,
                          implementation="interpret")
