@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import launch
 from pallas_kernels.dense import api as dense
 from pallas_kernels.partials import add_up
-from pallas_kernels.w4a16 import kernel, layout, reference
+from pallas_kernels.w4a16 import expansion, kernel, layout, reference
 
 GROUP_SIZES = (32, 64, 128, -1)
 _ACTIVATIONS = (jnp.float16, jnp.bfloat16, jnp.float32)
@@ -90,11 +91,12 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Fl
         return reference.matmul(x, packed, scales, group_size=group_size)[None]
     rows, inner = x.shape
     if rows > kernel.MAX_ROWS or x.dtype == jnp.float32:
-        weights = reference.dequantise(packed, scales, inner, group_size).astype(x.dtype)
+        weights = expansion.dequantise(packed, scales, inner=inner, group_size=group_size, dtype=x.dtype,
+                                       interpret=chosen == "interpret")
         if reproducible:
-            return dense.matmul_partials(x, weights, implementation=implementation)
-        precision = "highest" if x.dtype == jnp.float32 else None
-        return jnp.dot(x, weights, preferred_element_type=jnp.float32, precision=precision)[None]
+            return dense.matmul_partials(x, weights, transposed=True, implementation=implementation)
+        return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
+                                   precision="highest" if x.dtype == jnp.float32 else None)[None]
     if reproducible:
         # The largest tree's config for all: one instruction, which adds up in one order whatever the number of rows.
         config = dataclasses.replace(_config(kernel.MAX_ROWS, inner, packed.shape[1], group_size), least_rows=16)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import launch
-from pallas_kernels.w4a8 import kernel, reference
+from pallas_kernels.w4a8 import expansion, kernel, reference
 from pallas_kernels.w4a8.layout import BLOCK, check_packed
 from pallas_kernels.w8a8.kernel import MAX_ROWS
 
@@ -26,8 +26,8 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
       scales: f32[N].
       offsets: f32[N], or None for 8 * scales.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 64 rows; the
-        reference multiplies more.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 64 rows; for
+        more, another one makes integers of the codes, and XLA multiplies them.
 
     Returns:
       f32[S, M, N].
@@ -41,7 +41,8 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
         _check("float32", name, vector, jnp.float32, packed.shape[1:2])
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > MAX_ROWS:
-        return reference.channel_product(q, row_scales, sums, packed, scales, offsets)[None]
+        integers = _integers(packed, None, q.shape[1], offsets is not None, chosen)
+        return reference.channel_product(q, row_scales, sums, integers, scales, offsets)[None]
     config = config or _config(q, packed, "channel", offsets is not None, reproducible)
     return kernel.channel_partials(q, row_scales, sums if offsets is not None else None, packed, scales, offsets,
                                    config=config, interpret=chosen == "interpret")
@@ -79,7 +80,8 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
     _check("int32", "saturates", saturates, jnp.int32, (1,))
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > MAX_ROWS:
-        return reference.group_product(q, row_scales, packed, groups, channel_scales, with_zeros=zeros)[None]
+        integers = _integers(packed, groups, q.shape[1], zeros, chosen)
+        return reference.group_product(q, row_scales, integers, channel_scales)[None]
     config = config or _config(q, packed, "groups", zeros, reproducible)
     return kernel.group_partials(q, row_scales, sums if zeros else None, packed, groups, channel_scales, saturates,
                                  config=config, interpret=chosen == "interpret")
@@ -91,6 +93,15 @@ def tuning_key(rows: int, inner: int, outputs: int, scales: str, zeros: bool) ->
     `scales` is "channel" or "groups"; `zeros` says whether there are zero points.
     """
     return f"{inner}x{outputs}/{scales}{'-zeros' * zeros}/m{max(8, launch.power_of_two(rows))}"
+
+
+def _integers(packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"] | None, rows: int, with_zeros: bool, chosen: str
+              ) -> Int8[Array, "N K"]:
+    if chosen != "reference":
+        return expansion.integers(packed, groups, inner=rows, with_zeros=with_zeros, interpret=chosen == "interpret")
+    if groups is None:
+        return reference.channel_integers(packed, rows, with_zeros=with_zeros)
+    return reference.group_integers(packed, rows, groups, with_zeros=with_zeros)
 
 
 def _config(q: Array, packed: Array, scales: str, zeros: bool, reproducible: bool) -> kernel.Config:

@@ -6,11 +6,10 @@ Each function has a form in PTX, for NVIDIA GPUs, and one that runs everywhere.
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 Pair = tuple[Int8[Array, "n b"], Int8[Array, "n b"]]
 """A block's first columns of K, from the low nibbles, and its last."""
-
 
 def codes_of(packed: UInt8[Array, "n b"], companion: Int32[Array, "n"] | None = None, *, inline_asm: bool) -> Pair:
     """The codes q, 0 to 15.
@@ -43,10 +42,17 @@ def rounded_of(packed: UInt8[Array, "n b"], scales: Int32[Array, "n"], *, satura
     if not inline_asm:
         halves = jax.lax.bitcast_convert_type(scales.astype(jnp.int16), jnp.float16)
         wide = halves.astype(jnp.float32)[:, None]
-        rounded = (jnp.round((half - 8).astype(jnp.float32) * wide) for half in codes_of(packed, inline_asm=False))
+        rounded = (_rounded((half - 8).astype(jnp.float32) * wide) for half in codes_of(packed, inline_asm=False))
         return tuple((jnp.clip(half, -128, 127) if saturating else half).astype(jnp.int8) for half in rounded)
     scale = jnp.broadcast_to(scales[:, None], packed.shape)
     return tuple(_rounded_half(packed, scale, saturating, high) for high in (False, True))
+
+
+def _rounded(values: Float[Array, "n b"]) -> Float[Array, "n b"]:
+    """Half to even, of products of a code and an f16 scale, to which adding a half is exact; Pallas lowers no `round`."""
+    above = jnp.floor(values + 0.5)
+    odd = jnp.floor(above * 0.5) * 2 != above
+    return jnp.where((above - values == 0.5) & odd, above - 1, above)
 
 
 def _rounded_half(packed: UInt8[Array, "n b"], scale: Array, saturating: bool, high: bool) -> Int8[Array, "n b"]:

@@ -8,22 +8,31 @@ from pallas_kernels.w8a8 import reference as w8a8
 
 
 def channel_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
-                    packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None
+                    integers: Int8[Array, "N K"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None
                     ) -> Float[Array, "M N"]:
-    """See `api.channel_partials`."""
-    codes = unpack(packed, q.shape[1]).astype(jnp.int8)
+    """See `api.channel_partials`; `integers` as from `channel_integers`."""
+    product = w8a8.product(q, integers).astype(jnp.float32) * scales * row_scales[:, None]
     if offsets is None:
-        return w8a8.product(q, codes - 8).astype(jnp.float32) * scales * row_scales[:, None]
-    plain = w8a8.product(q, codes).astype(jnp.float32) * scales * row_scales[:, None]
-    return plain - (sums.sum(0).astype(jnp.float32) * row_scales)[:, None] * offsets
+        return product
+    return product - (sums.sum(0).astype(jnp.float32) * row_scales)[:, None] * offsets
 
 
-def group_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], packed: UInt8[Array, "B N 64"],
-                  groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"], *, with_zeros: bool
-                  ) -> Float[Array, "M N"]:
-    """See `api.group_partials`."""
-    integers = expand(unpack(packed, q.shape[1]), *unpack_groups(groups, with_zeros=with_zeros))
+def channel_integers(packed: UInt8[Array, "B N 64"], rows: int, *, with_zeros: bool) -> Int8[Array, "N K"]:
+    """Codes where there are zero points, else codes less 8."""
+    codes = unpack(packed, rows).astype(jnp.int8)
+    return codes if with_zeros else codes - 8
+
+
+def group_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], integers: Int8[Array, "N K"],
+                  channel_scales: Float[Array, "N"]) -> Float[Array, "M N"]:
+    """See `api.group_partials`; `integers` as from `group_integers`."""
     return w8a8.product(q, integers).astype(jnp.float32) * channel_scales * row_scales[:, None]
+
+
+def group_integers(packed: UInt8[Array, "B N 64"], rows: int, groups: Int32[Array, "G N"], *, with_zeros: bool
+                   ) -> Int8[Array, "N K"]:
+    """`expand`'s integers of packed codes."""
+    return expand(unpack(packed, rows), *unpack_groups(groups, with_zeros=with_zeros))
 
 
 def saturates(q: UInt8[Array, "N K"], scales: Float[Array, "G N"]) -> Int32[Array, "1"]:

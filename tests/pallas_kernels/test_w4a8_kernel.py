@@ -12,10 +12,12 @@ from pallas_kernels.w4a8 import (
     Config,
     channel_partials,
     expand,
+    expansion,
     group_partials,
     pack,
     pack_groups,
     packed_shape,
+    reference,
     saturates,
     unpack,
     unpack_groups,
@@ -97,7 +99,7 @@ def test_sums_are_those_of_the_codes(columns, implementation):
     np.testing.assert_array_equal(w8a8.quantise_rows(x, sums=-1, implementation=implementation)[2], np.sum(expected, 0)[None])
 
 
-@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("rows", [8, 64, 100])
 @pytest.mark.parametrize(("inner", "outputs"), [(4096, 28672), (14336, 4096), (576, 960)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lowers_to_one_launch(kind, inner, outputs, rows):
@@ -151,6 +153,22 @@ def test_integers_are_rounded_half_to_even_and_held_to_8_bits():
     np.testing.assert_array_equal(halves[0], [-4, -4, -3, -2, -2, -2, -1, 0, 0, 0, 1, 2, 2, 2, 3, 4])
     wide = expand(jnp.asarray(codes), jnp.full((1, 1), 20, jnp.float16), None)
     np.testing.assert_array_equal(wide[0, [0, 1, 2, 14, 15]], [-128, -128, -120, 120, 127])
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_of_a_prompt_are_those_of_the_definition(kind, interpret):
+    """Halves among them, and some past 8 bits where there are scales alone."""
+    *_, (packed, *others), _ = problem(kind, 1, 300, 70)
+    zeros = kind.endswith("zeros")
+    if kind.startswith("channel"):
+        groups, expected = None, reference.channel_integers(packed, 300, with_zeros=zeros)
+    else:
+        steps = jnp.asarray(np.random.default_rng(2).integers(-60, 61, (3, 70)) / 2, jnp.float16)
+        groups = others[0] if zeros else pack_groups(steps, None)
+        expected = reference.group_integers(packed, 300, groups, with_zeros=zeros)
+    found = expansion.integers(packed, groups, inner=300, with_zeros=zeros, interpret=interpret)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

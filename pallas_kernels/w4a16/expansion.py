@@ -1,0 +1,43 @@
+"""Packed weights to plain ones in memory, for products of more rows than the kernel of the product takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import launch, transposed
+from pallas_kernels.w4a16 import layout
+from pallas_kernels.w4a16.dequantise import planes_of
+
+_BLOCK_N, _WARPS = 64, 4
+
+
+def _body(packed_ref, scales_ref, out_ref, *, group_size: int):
+    columns, inner = out_ref.shape
+    mine = transposed.cut(1, inner, columns, block_n=_BLOCK_N, block_k=layout.BLOCK, shares=packed_ref.shape[0])
+    block = mine.first  # a share is a block
+    # not in PTX, whose form wants two neighbours in one register: no product is there to lay them out so
+    planes = planes_of(mine.tile(packed_ref, block, jnp.arange(layout.WORDS)), jnp.float16, inline_asm=False)
+    for number, plane in enumerate(planes):
+        k = block * layout.BLOCK + number * layout.PLANE_ROWS
+        # groups are whole planes; past the last one nobody keeps what comes out
+        group = jnp.int32(0) if group_size == -1 else jnp.minimum(k // group_size, scales_ref.shape[0] - 1)
+        values = plane.astype(jnp.float32) * mine.per_output(scales_ref, group).astype(jnp.float32)[:, None]
+        column = k + jnp.arange(layout.PLANE_ROWS)
+        plgpu.store(out_ref.at[mine.output[:, None], column[None, :]], values.astype(out_ref.dtype),
+                    mask=transposed.both(mine.output_mask, mine.inside(column)))
+
+
+@functools.partial(jax.jit, static_argnames=("inner", "group_size", "dtype", "interpret"))
+def dequantise(packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *, inner: int, group_size: int,
+               dtype: jnp.dtype, interpret: bool) -> Float[Array, "N K"]:
+    """The weights (q - 8) * scale, multiplied in f32 and rounded to `dtype`, K last."""
+    blocks, columns = packed.shape[:2]
+    [out] = launch.call(
+        functools.partial(_body, group_size=group_size), (packed, scales), grid=(pl.cdiv(columns, _BLOCK_N), blocks),
+        num_warps=_WARPS, num_stages=1, interpret=interpret, name="w4a16_dequantise",
+        out_shape=(jax.ShapeDtypeStruct((columns, inner), dtype),))
+    return out
