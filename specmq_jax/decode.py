@@ -133,6 +133,10 @@ class Decoder:
         (self._device,) = jax.tree.leaves(target.params)[0].devices()
         # counts of rounds that lie on the device, so that starting some moves nothing there
         self._one, self._all = self._placed((jnp.int32(1), jnp.int32(self._capacity)))
+        # a cache is two arrays a layer: made one by one they would take longer than a short prompt
+        empty = functools.partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
+        self._empty_cache = empty(lambda: self.target.new_cache(self._capacity, limit=self.config.max_len))
+        self._empty_drafter = empty(lambda: self.drafter.init(self._capacity))
         self._ingest = jax.jit(self._ingest_chunk, donate_argnums=1)
         self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
         self._score = jax.jit(self._logits_of)
@@ -188,7 +192,7 @@ class Decoder:
         hidden, cache, chunks = self._ingest_all(prompt)
         first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
         middle = time.perf_counter()
-        drafter = self._placed(self.drafter.init(self._capacity))
+        drafter = self._empty_drafter()
         following = np.append(prompt[1:], int(first)).astype(np.int32)
         for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
             drafter = self._ingest_drafter(self.drafter.params, drafter, tokens, next_tokens, features,
@@ -279,7 +283,7 @@ class Decoder:
 
     def _ingest_all(self, prompt: Int32[np.ndarray, "n"]) -> tuple[Float[Array, "1 D"], KVCache, list[tuple[Any, ...]]]:
         """The target's pass over the prompt: its last state, the cache, and each chunk's tokens, count and features."""
-        cache, chunks = self._placed(self.target.new_cache(self._capacity, limit=self.config.max_len)), []
+        cache, chunks = self._empty_cache(), []
         for tokens, count in self._split(prompt):
             hidden, features, cache = self._ingest(self.target.params, cache, tokens, count)
             chunks.append((tokens, count, features))
@@ -298,11 +302,10 @@ class Decoder:
         tokens = np.zeros(self._capacity, np.int32)
         tokens[:len(prompt)], tokens[len(prompt)] = prompt, int(first)
         length = len(prompt) + 1
-        state = DecodeState(
-            tokens=tokens, length=np.int32(length), limit=np.int32(limit),
-            done=np.bool_(length >= limit or int(first) in self.config.stop_tokens), cache=cache, drafter=drafter,
-            key=key, stop_tokens=stops, accept_lengths=np.zeros(self._capacity, np.int32), rounds=np.int32(0))
-        return self._placed(state)
+        small = {"tokens": tokens, "length": np.int32(length), "limit": np.int32(limit),
+                 "done": np.bool_(length >= limit or int(first) in self.config.stop_tokens), "key": key, "stop_tokens": stops,
+                 "accept_lengths": np.zeros(self._capacity, np.int32), "rounds": np.int32(0)}
+        return DecodeState(**self._placed(small), cache=cache, drafter=drafter)
 
     def _placed(self, tree: Any) -> Any:
         """The same arrays, bound to the target's device as what comes out of a jitted function of its weights is: a function
