@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.w4a16.layout import PLANE_ROWS, PLANES, ZERO
 
@@ -22,13 +22,14 @@ def planes_of(words: Int32[Array, "N 16"], dtype: jnp.dtype, beside: Sequence[Fl
     reads the f32 arrays `beside` and does not use them: Triton asks ahead of time for those loads alone that a product's
     operand depends on.
     """
-    words = _by_row(words)
     if inline_asm:
         beside = [jnp.broadcast_to(numbers[:, None], words.shape) for numbers in beside]
-        return [_plane_in_ptx(words, plane, dtype, () if plane else beside) for plane in range(PLANES)]
+        pairs = [_pairs_in_ptx(words, plane, dtype, () if plane else beside) for plane in range(PLANES)]
+        return [_in_order(*(jax.lax.bitcast_convert_type(half.astype(jnp.int16), dtype) for half in (pair, pair >> 16)))
+                for pair in pairs]
     base, exponent = (1024, 0x6400) if dtype == jnp.float16 else (128, 0x4300)
-    offset, high = jnp.asarray(base + ZERO, dtype), 16 * (jnp.arange(PLANE_ROWS) % 2)
-    bits = [(words >> (4 * plane + high) & 0xF) | exponent for plane in range(PLANES)]
+    offset = jnp.asarray(base + ZERO, dtype)
+    bits = [_in_order(*((words >> (4 * plane + high) & 0xF) | exponent for high in (0, 16))) for plane in range(PLANES)]
     return [jax.lax.bitcast_convert_type(each.astype(jnp.int16), dtype) - offset for each in bits]
 
 
@@ -47,16 +48,17 @@ def _join(a: Array, b: Array) -> Array:
     return jnp.transpose(jnp.stack([a, b], axis=-1), (0, 2, 1)).reshape(rows, 2 * columns)
 
 
-def _by_row(words: Int32[Array, "N 16"]) -> Int32[Array, "N 32"]:
-    """For each row of a plane, the word that it stands in."""
-    columns = len(words)
-    twice = jnp.broadcast_to(words.reshape(columns, 4, 2, 2, 1), (columns, 4, 2, 2, 2))
-    return jnp.transpose(twice, (0, 2, 3, 1, 4)).reshape(columns, PLANE_ROWS)
+def _in_order(even: Shaped[Array, "N 16"], odd: Shaped[Array, "N 16"]) -> Shaped[Array, "N 32"]:
+    """A plane from each word's two neighbours, in order of K. Where a lane holds the words that the tensor core's layout
+    gives it, no instruction comes of this."""
+    columns = len(even)
+    both = jnp.stack([even, odd], axis=-1).reshape(columns, 4, 2, 2, 2)  # p, t, h and the one of two neighbours
+    return jnp.transpose(both, (0, 2, 3, 1, 4)).reshape(columns, PLANE_ROWS)
 
 
-def _plane_in_ptx(words: Int32[Array, "N 32"], plane: int, dtype: jnp.dtype, beside: Sequence[Float[Array, "N 32"]]
-                  ) -> Float[Array, "N 32"]:
-    """One plane, two neighbouring rows at a time: a pair of the tensor core's operand, from the word of both."""
+def _pairs_in_ptx(words: Int32[Array, "N 16"], plane: int, dtype: jnp.dtype, beside: Sequence[Float[Array, "N 16"]]
+                  ) -> Int32[Array, "N 16"]:
+    """One plane, two neighbouring rows in the halves of each word."""
     if dtype == jnp.float16:
         # A code in the upper nibble of a byte counts 16-fold, which the multiplication undoes: no shift by four.
         mask, finish = [("0x000f000f", "mov.b32 c, 0x64086408; sub.f16x2 $0, t, c;"),
@@ -68,8 +70,9 @@ def _plane_in_ptx(words: Int32[Array, "N 32"], plane: int, dtype: jnp.dtype, bes
         mask, finish = "0x000f000f", "mov.b32 o, 0x3f803f80; mov.b32 c, 0xc308c308; fma.rn.bf16x2 $0, t, o, c;"
         shift, exponent = 4 * plane, "0x43004300"
     asm = (f"{{ .reg .b32 t, c, o; shr.u32 t, $1, {shift}; lop3.b32 t, t, {mask}, {exponent}, 0xea; {finish} }}")
-    [result] = plgpu.elementwise_inline_asm(asm, args=[words, *beside], constraints="=r,r,r" + ",f,f" * len(beside), pack=2,
-                                            result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)])
+    # one word at a time: with pack=2 two neighbours would have to share a register, which only some layouts do
+    [result] = plgpu.elementwise_inline_asm(asm, args=[words, *beside], constraints="=r,r" + ",f" * len(beside), pack=1,
+                                            result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.int32)])
     return result
 
 

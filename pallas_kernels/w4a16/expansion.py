@@ -19,7 +19,6 @@ def _body(packed_ref, scales_ref, out_ref, *, group_size: int):
     columns, inner = out_ref.shape
     mine = transposed.cut(1, inner, columns, block_n=_BLOCK_N, block_k=layout.BLOCK, shares=packed_ref.shape[0])
     block = mine.first  # a share is a block
-    # not in PTX, whose form wants two neighbours in one register: no product is there to lay them out so
     planes = planes_of(mine.tile(packed_ref, block, jnp.arange(layout.WORDS)), jnp.float16, inline_asm=False)
     for number, plane in enumerate(planes):
         k = block * layout.BLOCK + number * layout.PLANE_ROWS
