@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import timing
+from pallas_kernels.cases import Case
 from pallas_kernels.problems import Problem
 from pallas_kernels.timing import Loop, Plan
 
 TOLERANCE = 2e-2
-"""Of the norm of a result's difference from the heuristic's, over its norm: far above what f16 sums in another order give."""
+"""Of the norm of a result's difference from the reference's, over its norm: far above what f16 sums in another order give."""
 _LOOP_SECONDS = 5e-3
 _QUICK_RUNS, _FINAL_RUNS, _FINALISTS = 3, 20, 6
 _HOPELESS = 1.5  # times the best so far
@@ -29,7 +30,7 @@ class OutOfTimeError(Exception):
 
 
 class NoYardstickError(Exception):
-    """The heuristic's config, which the others are compared with, does not run."""
+    """The heuristic's config, whose time the others are compared with, does not run or is wrong."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Result:
       heuristic_seconds, seconds: of a call with the heuristic's config and with the best, for each case.
       tried: configs that were compiled, the heuristic's included.
       failed: what those said that did not compile or run, a line each.
-      wrong: configs whose result differs from the heuristic's.
+      wrong: configs whose result differs from that of the op's reference.
     """
 
     config: Any
@@ -95,7 +96,8 @@ class _Bench:
                             traffic=max(case.traffic for case in problem.cases))
         self.operands = [case.operands(self.plan.copies) for case in problem.cases]
         self.abstract = [case.abstract_operands(self.plan.copies) for case in problem.cases]
-        self.expected: list[list[np.ndarray]] = []
+        self.expected = [self._reference(case, *given)
+                         for case, *given in zip(problem.cases, self.abstract, self.operands, strict=True)]
         self.loops: dict[Any, list[Loop]] = {}
         self.seconds: dict[Any, tuple[float, ...]] = {}
         self.tried: set = set()
@@ -105,6 +107,8 @@ class _Bench:
     def decide(self) -> Result:
         heuristic = self.problem.heuristic
         self._try([heuristic])
+        if self.wrong:
+            raise NoYardstickError("for the result of the heuristic's config is not the reference's")
         if heuristic not in self.seconds:
             raise NoYardstickError(f"for the heuristic's config fails: {self.failed[0]}")
         candidates = [config for config in dict.fromkeys(self.problem.candidates) if config != heuristic]
@@ -167,14 +171,17 @@ class _Bench:
         return loops
 
     def _is_right(self, loops: Sequence[Loop]) -> bool:
-        """Runs each case and compares its results with those of the first config, the heuristic's."""
-        results = [[np.asarray(array, np.float64) for array in loop(operands)]
-                   for loop, operands in zip(loops, self.operands, strict=True)]
-        if not self.expected:
-            self.expected = results
+        """Runs each case and compares its results with the reference's."""
+        results = [_run(loop, operands) for loop, operands in zip(loops, self.operands, strict=True)]
         return all(np.linalg.norm(array - expected) <= TOLERANCE * np.linalg.norm(expected)
                    for arrays, all_expected in zip(results, self.expected, strict=True)
                    for array, expected in zip(arrays, all_expected, strict=True))
+
+    def _reference(self, case: Case, abstract: Sequence[timing.Operands], operands: Sequence[timing.Operands]
+                   ) -> list[np.ndarray]:
+        """What a loop of this case leaves, by one call of the op's reference on each copy."""
+        once = dataclasses.replace(self.plan, repeats=1, rounds=1)
+        return _run(timing.compile_loop(case.step(None, "reference"), abstract, once, carried=case.carried), operands)
 
     def _check_device(self) -> None:
         """Raises where a config has broken the device, lest the configs behind it fail for that."""
@@ -207,3 +214,7 @@ class _Bench:
 
         near = [config for config in candidates if config not in self.tried and is_near(config)]
         return random.Random(0).sample(near, min(len(near), self.search.most + 1 - len(self.tried)))
+
+
+def _run(loop: Loop, operands: Sequence[timing.Operands]) -> list[np.ndarray]:
+    return [np.asarray(array, np.float64) for array in loop(operands)]

@@ -33,7 +33,9 @@ class FakeConfig:
     fault: str | None = None
 
 
-def doubled(config: FakeConfig, implementation: str, x: jax.Array) -> tuple[jax.Array]:
+def doubled(config: FakeConfig | None, implementation: str, x: jax.Array) -> tuple[jax.Array]:
+    if implementation == "reference":
+        return (2 * x,)
     if config.fault == "refused":
         raise ValueError(f"no room for {config.work}\nand more")
     zero = 0 * jnp.abs(jax.lax.fori_loop(0, config.work, lambda _, y: jnp.sin(y), x))
@@ -89,6 +91,13 @@ def test_a_kernel_finds_what_was_tuned(package):
     assert tables.path("norm").is_relative_to(package)
     config = type(found.heuristic)(**launch.tuned("norm", found.keys[0]))
     assert config in {found.heuristic, *found.candidates}
+
+
+@pytest.mark.parametrize("op", problems.OPS)
+def test_heuristics_give_what_the_references_do(op):
+    found = problems.find(op, [TINY], (3,), (32,))[0]
+    result = best(dataclasses.replace(found, candidates=()), Search(implementation="interpret"))
+    assert result.config == found.heuristic
 
 
 def test_the_fastest_config_with_the_right_result_is_chosen():
@@ -149,8 +158,9 @@ def test_a_problem_without_time_or_yardstick_is_left(package, capsys):
     tables, found = Tables(None), problem("a", FakeConfig(work=1))
     run([found], tables, Search(deadline=time.monotonic()))
     assert "a: the time is up; 1 problems are left" in capsys.readouterr().out
-    run([problem("b", heuristic=FakeConfig(fault="refused")), found], tables, Search())
-    assert "fake b: not tuned, " in capsys.readouterr().out
+    for fault, told in (("refused", "fails: no room"), ("wrong", "is not the reference's")):
+        run([problem("b", heuristic=FakeConfig(fault=fault)), found], tables, Search(), retune=True)
+        assert "fake b: not tuned, " in (out := capsys.readouterr().out) and told in out
     assert list(table(tables)) == ["a"]
 
 
