@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 Pair = tuple[Int8[Array, "n b"], Int8[Array, "n b"]]
 """A block's first columns of K, from the low nibbles, and its last."""
 
+
 def codes_of(packed: UInt8[Array, "n b"], companion: Int32[Array, "n"] | None = None, *, inline_asm: bool) -> Pair:
     """The codes q, 0 to 15.
 

@@ -21,7 +21,7 @@ def _body(packed_ref, *refs, with_zeros: bool):
     mine = transposed.cut(1, inner, outputs, block_n=_BLOCK_N, block_k=BLOCK, shares=packed_ref.shape[0])
     block = mine.first  # a share is a block
     packed = mine.tile(packed_ref, block, jnp.arange(HALF))
-    # not in PTX, whose form wants four neighbours in one register: no product is there to lay them out so
+    # not in PTX, whose form wants four of one output in a register: no product is there to lay them out so
     words = mine.per_output(groups_refs[0], block) if groups_refs else None
     if words is not None and not with_zeros:
         halves = rounded_of(packed, words, saturating=True, inline_asm=False)
