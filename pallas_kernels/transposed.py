@@ -19,6 +19,28 @@ from pallas_kernels import launch
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a product is cut, whatever its weights are.
+
+    Attributes:
+      block_n: outputs a program computes, a power of two of at least 16.
+      split_k: shares of K; fewer come out when K has fewer blocks.
+      num_warps: they share the outputs of a program.
+      num_stages: blocks whose loads are in flight.
+    """
+
+    block_n: int = 64
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+    def __post_init__(self):
+        launch.check_powers_of_two(self, block_n=16)
+        if self.split_k < 1:
+            raise ValueError(f"split_k is {self.split_k}; expected at least 1")
+
+
 def program_shapes(rows: int) -> list[tuple[int, int]]:
     """Outputs and warps of a program."""
     if rows <= 16:
@@ -125,7 +147,7 @@ def share_count(inner: int, block_k: int, split_k: int) -> int:
     return pl.cdiv(blocks, pl.cdiv(blocks, split_k))
 
 
-def launch_product(body: Callable[..., None], operands: tuple[Array, ...], *, outputs: int, shares: int, config: Any,
+def launch_product(body: Callable[..., None], operands: tuple[Array, ...], *, outputs: int, shares: int, config: Config,
                    interpret: bool, name: str, out_dtype: Any = jnp.float32) -> Float[Array, "S M N"]:
     """Runs a product's body, a program for each block of outputs and share of K; `operands[0]` has the rows."""
     rows = len(operands[0])

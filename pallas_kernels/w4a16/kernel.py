@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import launch, transposed
+from pallas_kernels import transposed
 from pallas_kernels.w4a16 import layout
 from pallas_kernels.w4a16.dequantise import joined, multiply_add, planes_of
 
@@ -23,14 +23,10 @@ MAX_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the product is cut.
+class Config(transposed.Config):
+    """How the product is cut, over blocks of 128 rows of K.
 
     Attributes:
-      block_n: columns a program computes, a power of two of at least 16.
-      split_k: shares of K; fewer come out when K has fewer blocks of 128.
-      num_warps: they share the columns of a program.
-      num_stages: blocks whose loads are in flight.
       scale_planes: scales the weights, in f16, instead of each group's f32 partial product: fewer registers and one
         uninterrupted accumulation, worth its roundings (2^-12 of a weight) at most from about 32 rows on; f16 activations only.
       pipelined_scales: loads f32 scales together with their weights, `num_stages` ahead; else with the block before.
@@ -39,10 +35,7 @@ class Config:
       inline_asm: dequantises in PTX, two weights an instruction; never in interpret mode.
     """
 
-    block_n: int = 64
-    split_k: int = 1
     num_warps: int = 1
-    num_stages: int = 4
     scale_planes: bool = False
     pipelined_scales: bool = True
     least_rows: int = 8
@@ -51,9 +44,7 @@ class Config:
     block_k: ClassVar[int] = layout.BLOCK
 
     def __post_init__(self):
-        launch.check_powers_of_two(self, block_n=16)
-        if self.split_k < 1:
-            raise ValueError(f"split_k is {self.split_k}; expected at least 1")
+        super().__post_init__()
         if self.least_rows not in (8, 16):
             raise ValueError(f"least_rows is {self.least_rows}; expected 8 or 16")
 

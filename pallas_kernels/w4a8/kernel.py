@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from pallas_kernels import launch, transposed
+from pallas_kernels import transposed
 from pallas_kernels.w4a8.dequantise import centred_of, codes_of, rounded_of
 from pallas_kernels.w4a8.layout import BLOCK, HALF
 from pallas_kernels.w4a16.dequantise import joined
@@ -20,31 +20,19 @@ from pallas_kernels.w8a8.kernel import scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the product is cut.
+class Config(transposed.Config):
+    """How the product is cut, over blocks of 128 columns of K. A share is exact; the shares' scaled sums are f32.
 
     Attributes:
-      block_n: outputs a program computes, a power of two of at least 16.
-      split_k: shares of K; fewer come out when K has fewer blocks of 128. A share is exact; their scaled sums are f32.
-      num_warps, num_stages: Triton's.
       pipelined_scales: loads the scales of groups with zeros together with their weights, `num_stages` ahead, which few rows
         want; else with those of the block before. Scales without zeros are always loaded so.
       inline_asm: dequantises in PTX, four weights an instruction; never in interpret mode.
     """
 
-    block_n: int = 64
-    split_k: int = 1
-    num_warps: int = 4
-    num_stages: int = 4
     pipelined_scales: bool = True
     inline_asm: bool = True
 
     block_k: ClassVar[int] = BLOCK
-
-    def __post_init__(self):
-        launch.check_powers_of_two(self, block_n=16)
-        if self.split_k < 1:
-            raise ValueError(f"split_k is {self.split_k}; expected at least 1")
 
 
 def heuristic(rows: int, inner: int, outputs: int) -> Config:

@@ -19,26 +19,18 @@ MAX_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the product is cut.
+class Config(transposed.Config):
+    """How the product is cut. A share is exact; the shares' scaled sums are f32.
 
     Attributes:
-      block_n: outputs a program computes, a power of two of at least 16.
       block_k: columns of K in a loop iteration, a power of two of at least 32.
-      split_k: shares of K; fewer come out when K has fewer blocks. A share is exact; their scaled sums are f32.
-      num_warps, num_stages: Triton's.
     """
 
-    block_n: int = 64
     block_k: int = 128
-    split_k: int = 1
-    num_warps: int = 4
-    num_stages: int = 4
 
     def __post_init__(self):
-        launch.check_powers_of_two(self, block_n=16, block_k=32)
-        if self.split_k < 1:
-            raise ValueError(f"split_k is {self.split_k}; expected at least 1")
+        super().__post_init__()
+        launch.check_powers_of_two(self, block_k=32)
 
 
 def heuristic(inner: int, outputs: int) -> Config:
