@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from specmq_jax import UserError, formats
-from specmq_jax.formats import GroupedInt4
+from specmq_jax.formats import GroupedInt4, dense
 
 SHAPES = [(128, 64), (576, 96), (96, 48), (200, 33)]
 
@@ -78,3 +78,15 @@ def test_a_model_gives_the_same_logits_packed_and_expanded():
     ids = [1, 5, 9, 33, 60]
     a, b = sm.logits(model, ids), sm.logits(again, ids)
     assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 3e-3
+
+
+def test_a_row_that_is_padded_before_a_large_weight_gives_the_same_product(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dense, "_LARGE", 1)
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 96), (96, 48)))
+    fp32 = formats.get("fp32")
+    for found in (fp32.matmul(x, dense.Dense(weight))[0], fp32.transposed_matmul(x, weight.T)):
+        np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(weight), rtol=1e-5, atol=1e-5)
+    hlo = jax.jit(lambda x, w: fp32.matmul(x, dense.Dense(w))).lower(x, weight).as_text()
+    assert "tensor<16x96xf32>" in hlo and "optimization_barrier" in hlo
