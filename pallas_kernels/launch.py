@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 IMPLEMENTATIONS = ("reference", "kernel", "interpret")
+_MEASURED = {"9.0": "nvidia_h200"}
+"""The device whose tables serve the others of a compute capability, which have the same SMs and other memory."""
 
 
 def choose(implementation: str | None) -> str:
@@ -44,16 +46,22 @@ def call(body: Callable[..., None], operands: Sequence[jax.Array], *, out_shape:
 
 
 def tuned(op: str, key: str) -> Mapping[str, int | bool] | None:
-    """Measured config fields of `op` for a problem `key` on this machine's first device, None where none were recorded.
+    """Measured config fields of `op` for a problem `key` on this machine's first device, or on the one measured of its compute
+    capability; None where none were recorded.
 
     Each `api.py` spells its own keys.
     """
-    return _table(table_path(op)).get(key)
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    tables = [table_path(op), *(_path(op, name) for name in (_MEASURED.get(capability),) if name)]
+    return next((table[key] for table in map(_table, tables) if key in table), None)
 
 
 def table_path(op: str) -> pathlib.Path:
     """The tuned table of `op` for this machine's first device: a JSON object from key to config fields."""
-    device = re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
+    return _path(op, re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_"))
+
+
+def _path(op: str, device: str) -> pathlib.Path:
     return pathlib.Path(__file__).parent / op / "tuned" / f"{device}.json"
 
 

@@ -46,6 +46,27 @@ def test_a_tuned_table_goes_before_the_heuristic(tmp_path, monkeypatch):
     assert "num_warps = 2 " in cuda_text(lambda *operands: kernel_norm(*operands), *norm_avals())
 
 
+def test_a_device_without_a_table_takes_that_of_its_compute_capability(tmp_path, monkeypatch):
+    class Device:
+        device_kind, compute_capability = "NVIDIA H100 80GB HBM3", "9.0"
+
+    def write(path, table):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(table))
+        launch._table.cache_clear()
+
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert launch.tuned("norm", "64") is None
+    write(tmp_path / "norm" / "tuned" / "nvidia_h200.json", {"64": {"num_warps": 4}, "65": {"num_warps": 8}})
+    assert launch.table_path("norm").name == "nvidia_h100_80gb_hbm3.json"
+    assert launch.tuned("norm", "64") == {"num_warps": 4}
+    write(launch.table_path("norm"), {"64": {"num_warps": 2}})
+    assert [launch.tuned("norm", key) for key in ("64", "65", "66")] == [{"num_warps": 2}, {"num_warps": 8}, None]
+    monkeypatch.setattr(Device, "compute_capability", "8.9")
+    assert launch.tuned("norm", "65") is None
+
+
 @pytest.mark.parametrize(("value", "expected"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_power_of_two_is_the_next_one(value, expected):
     assert launch.power_of_two(value) == expected
