@@ -257,9 +257,12 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def uvicorn_server(model: Answerer, queue: ModelQueue, log: Callable[[str], None]) -> uvicorn.Server:
-    """Ready to `run` on listening sockets; when it ends, answers under way have three seconds to end, too."""
-    return uvicorn.Server(uvicorn.Config(Server(model, queue, log).application, log_level="warning", access_log=False,
-                                         timeout_graceful_shutdown=3))
+    """Ready to `run` on listening sockets; when it ends, answers under way have three seconds to end, too.
+
+    It logs as the process does: uvicorn's own settings would close the handlers that there are.
+    """
+    return uvicorn.Server(uvicorn.Config(Server(model, queue, log).application, log_config=None, log_level="warning",
+                                         access_log=False, timeout_graceful_shutdown=3))
 
 
 def serve(model: Answerer, listening: socket.socket, *, waiting: int, log: Callable[[str], None]) -> None:
