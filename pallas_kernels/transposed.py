@@ -1,7 +1,7 @@
 """How products with few rows of activations are cut into programs.
 
 They are computed transposed, out^T = W x^T: as the tensor core's left operand the weights stay in registers, and as few as 8
-rows of activations make a product. A program takes `block_n` outputs and one share of K.
+rows of activations make a product. A program takes up to 64 rows, `block_n` outputs and one share of K.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import launch
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+BLOCK_ROWS = 64
+"""Rows of a program: more are another program's, which finds the weights in the L2 cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,11 @@ def program_shapes(rows: int) -> list[tuple[int, int]]:
     if rows <= 16:
         return [(32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)]
     return [(64, 4), (128, 4), (128, 8), (256, 8)]
+
+
+def tuned_rows(rows: int) -> int:
+    """The size of a program's axis of rows, by which tuned tables know a product."""
+    return max(8, launch.power_of_two(min(rows, BLOCK_ROWS)))
 
 
 def filling(inner: int, outputs: int, configs: Sequence[Any]) -> list[Any]:
@@ -129,16 +136,23 @@ def _load_vector(ref: Any, leading: tuple[Array, ...], index: Array, mask: Array
 
 
 def cut(rows: int, inner: int, outputs: int, *, block_n: int, block_k: int, shares: int, least_rows: int = 8) -> Cut:
-    """The present program's part, inside a kernel; `least_rows` is the least size of its axis of rows."""
+    """The present program's part, inside a kernel on a `grid`; `least_rows` is the least size of its axis of rows."""
     blocks = pl.cdiv(inner, block_k)
     each = pl.cdiv(blocks, shares)
-    share = pl.program_id(1)
-    output = pl.program_id(0) * block_n + jnp.arange(block_n)
-    block_m = max(least_rows, launch.power_of_two(rows))
+    share = pl.program_id(2)
+    output = pl.program_id(1) * block_n + jnp.arange(block_n)
+    block_m = max(least_rows, tuned_rows(rows))
     row = jnp.arange(block_m)
+    if rows > BLOCK_ROWS:
+        row += pl.program_id(0) * BLOCK_ROWS
     return Cut(share=share, first=share * each, last=jnp.minimum((share + 1) * each, blocks), output=output,
                output_mask=None if outputs % block_n == 0 else output < outputs, row=row,
-               row_mask=None if rows == block_m else row < rows, block_k=block_k, inner=inner)
+               row_mask=None if rows % block_m == 0 else row < rows, block_k=block_k, inner=inner)
+
+
+def grid(rows: int, outputs: int, *, block_n: int, shares: int) -> tuple[int, int, int]:
+    """Blocks of rows, which lie side by side, blocks of outputs, shares of K."""
+    return pl.cdiv(rows, BLOCK_ROWS), pl.cdiv(outputs, block_n), shares
 
 
 def share_count(inner: int, block_k: int, split_k: int) -> int:
@@ -152,7 +166,7 @@ def launch_product(body: Callable[..., None], operands: tuple[Array, ...], *, ou
     """Runs a product's body, a program for each block of outputs and share of K; `operands[0]` has the rows."""
     rows = len(operands[0])
     [out] = launch.call(
-        body, operands, grid=(pl.cdiv(outputs, config.block_n), shares), num_warps=config.num_warps,
+        body, operands, grid=grid(rows, outputs, block_n=config.block_n, shares=shares), num_warps=config.num_warps,
         num_stages=config.num_stages, interpret=interpret, name=name,
         out_shape=(jax.ShapeDtypeStruct((shares * rows, outputs), out_dtype),))
     return out.reshape(shares, rows, outputs)

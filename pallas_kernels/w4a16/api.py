@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels import launch
+from pallas_kernels import launch, transposed
 from pallas_kernels.dense import api as dense
 from pallas_kernels.partials import add_up
 from pallas_kernels.w4a16 import expansion, kernel, layout, reference
@@ -50,7 +50,7 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float
       group_size: 32, 64 or 128 rows of K, or -1 for one group a column.
       out_dtype: default x's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 64
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128
         rows of f16 or bf16; more rows, or f32, are multiplied by weights expanded into x's dtype.
 
     Returns:
@@ -78,7 +78,7 @@ def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scal
 
 def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
     """What a tuned table calls [rows, inner] @ [inner, columns]; `rows` in one block of the accumulator share a config."""
-    return f"{inner}x{columns}/g{group_size}/m{max(8, launch.power_of_two(rows))}"
+    return f"{inner}x{columns}/g{group_size}/m{transposed.tuned_rows(rows)}"
 
 
 def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], group_size: int,

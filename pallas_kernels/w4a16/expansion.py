@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
@@ -36,7 +35,7 @@ def dequantise(packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *, i
     """The weights (q - 8) * scale, multiplied in f32 and rounded to `dtype`, K last."""
     blocks, columns = packed.shape[:2]
     [out] = launch.call(
-        functools.partial(_body, group_size=group_size), (packed, scales), grid=(pl.cdiv(columns, _BLOCK_N), blocks),
-        num_warps=_WARPS, num_stages=1, interpret=interpret, name="w4a16_dequantise",
+        functools.partial(_body, group_size=group_size), (packed, scales), num_warps=_WARPS, num_stages=1,
+        interpret=interpret, name="w4a16_dequantise", grid=transposed.grid(1, columns, block_n=_BLOCK_N, shares=blocks),
         out_shape=(jax.ShapeDtypeStruct((columns, inner), dtype),))
     return out

@@ -5,10 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from pallas_kernels import launch
+from pallas_kernels import launch, transposed
 from pallas_kernels.w4a8 import expansion, kernel, reference
 from pallas_kernels.w4a8.layout import BLOCK, check_packed
-from pallas_kernels.w8a8.kernel import MAX_ROWS
 
 
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "1 M"] | None,
@@ -18,7 +17,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     """q @ w^T times both scales with w = code * scale - offset, as split-K partial products.
 
     A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
-    is the same for every number of rows up to 64, and so are the bits of a row. `config` is then left out.
+    is the same for every number of rows up to 128, and so are the bits of a row. `config` is then left out.
 
     Args:
       q, row_scales, sums: from `w8a8.quantise_rows`; sums of whole rows where there are offsets.
@@ -26,7 +25,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
       scales: f32[N].
       offsets: f32[N], or None for 8 * scales.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 64 rows; for
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128 rows; for
         more, another one makes integers of the codes, and XLA multiplies them.
 
     Returns:
@@ -40,7 +39,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     for name, vector in (("scales", scales), ("offsets", offsets)):
         _check("float32", name, vector, jnp.float32, packed.shape[1:2])
     chosen = launch.choose(implementation)
-    if chosen == "reference" or len(q) > MAX_ROWS:
+    if chosen == "reference" or len(q) > kernel.MAX_ROWS:
         integers = _integers(packed, None, q.shape[1], offsets is not None, chosen)
         return reference.channel_product(q, row_scales, sums, integers, scales, offsets)[None]
     config = config or _config(q, packed, "channel", offsets is not None, reproducible)
@@ -79,7 +78,7 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
     _check("float32", "channel_scales", channel_scales, jnp.float32, packed.shape[1:2])
     _check("int32", "saturates", saturates, jnp.int32, (1,))
     chosen = launch.choose(implementation)
-    if chosen == "reference" or len(q) > MAX_ROWS:
+    if chosen == "reference" or len(q) > kernel.MAX_ROWS:
         integers = _integers(packed, groups, q.shape[1], zeros, chosen)
         return reference.group_product(q, row_scales, integers, channel_scales)[None]
     config = config or _config(q, packed, "groups", zeros, reproducible)
@@ -92,7 +91,7 @@ def tuning_key(rows: int, inner: int, outputs: int, scales: str, zeros: bool) ->
 
     `scales` is "channel" or "groups"; `zeros` says whether there are zero points.
     """
-    return f"{inner}x{outputs}/{scales}{'-zeros' * zeros}/m{max(8, launch.power_of_two(rows))}"
+    return f"{inner}x{outputs}/{scales}{'-zeros' * zeros}/m{transposed.tuned_rows(rows)}"
 
 
 def _integers(packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"] | None, rows: int, with_zeros: bool, chosen: str
@@ -106,7 +105,7 @@ def _integers(packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"] | None
 
 def _config(q: Array, packed: Array, scales: str, zeros: bool, reproducible: bool) -> kernel.Config:
     (rows, inner), outputs = q.shape, packed.shape[1]
-    rows = MAX_ROWS if reproducible else rows
+    rows = kernel.MAX_ROWS if reproducible else rows
     fields = launch.tuned("w4a8", tuning_key(rows, inner, outputs, scales, zeros))
     return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
 

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int8, Int32, UInt8
 
@@ -45,6 +44,7 @@ def integers(packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"] | None,
     blocks, outputs = packed.shape[:2]
     [out] = launch.call(
         functools.partial(_body, with_zeros=with_zeros),
-        (packed,) if groups is None else (packed, groups), grid=(pl.cdiv(outputs, _BLOCK_N), blocks), num_warps=_WARPS,
-        num_stages=1, interpret=interpret, name="w4a8_integers", out_shape=(jax.ShapeDtypeStruct((outputs, inner), jnp.int8),))
+        (packed,) if groups is None else (packed, groups), num_warps=_WARPS, num_stages=1, interpret=interpret,
+        name="w4a8_integers", grid=transposed.grid(1, outputs, block_n=_BLOCK_N, shares=blocks),
+        out_shape=(jax.ShapeDtypeStruct((outputs, inner), jnp.int8),))
     return out

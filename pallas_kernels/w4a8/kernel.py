@@ -18,6 +18,9 @@ from pallas_kernels.w4a8.layout import BLOCK, HALF
 from pallas_kernels.w4a16.dequantise import joined
 from pallas_kernels.w8a8.kernel import scaled
 
+MAX_ROWS = 2 * transposed.BLOCK_ROWS
+"""More rows cost less by weights that are unpacked once."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(transposed.Config):

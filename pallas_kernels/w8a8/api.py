@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels import launch
+from pallas_kernels import launch, transposed
 from pallas_kernels.w8a8 import kernel, reference, rounding
 
 
@@ -75,4 +75,4 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
 
 def tuning_key(rows: int, inner: int, outputs: int) -> str:
     """What a tuned table calls [rows, inner] @ [inner, outputs]; rows up to the same power of two share a config."""
-    return f"{inner}x{outputs}/m{max(8, launch.power_of_two(rows))}"
+    return f"{inner}x{outputs}/m{transposed.tuned_rows(rows)}"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import launch, transposed
 
-MAX_ROWS = 64
+MAX_ROWS = transposed.BLOCK_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

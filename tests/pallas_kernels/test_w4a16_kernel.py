@@ -15,7 +15,7 @@ from pallas_kernels.w4a16.kernel import MAX_ROWS
 LLAMA_8B = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
 LLAMA_70B = [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)]
 SMOLLM = [(576, 960), (576, 576), (576, 3072), (1536, 576)]
-ROWS = (1, 8, 16, 30, 48, 60, 64, 128)
+ROWS = (1, 8, 16, 30, 48, 60, 64, 128, 200)
 
 
 def expand(q: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
@@ -101,8 +101,18 @@ def test_other_activations(dtype, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_prompt_sized_inputs(dtype, group_size, implementation):
-    check((100, 200, 70, group_size), dtype, None, implementation)
+@pytest.mark.parametrize("rows", [100, 150])
+def test_prompt_sized_inputs(rows, dtype, group_size, implementation):
+    check((rows, 200, 70, group_size), dtype, None, implementation)
+
+
+@pytest.mark.gpu
+def test_reproducible_rows_have_the_same_bits_in_every_block_of_rows_on_gpu():
+    (x, packed, scales), _ = problem(100, 600, 70, 128, jnp.float16)
+    product = functools.partial(matmul_partials, packed=packed, scales=scales, group_size=128, reproducible=True)
+    whole = product(x)
+    for rows in (slice(0, 1), slice(30, 90), slice(99, 100)):
+        np.testing.assert_array_equal(product(x[rows]), whole[:, rows])
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
@@ -129,7 +139,7 @@ def test_accumulates_beyond_the_range_of_half_precision(implementation):
 @pytest.mark.parametrize("inline_asm", [True, False])
 @pytest.mark.parametrize("scale_planes", [True, False])
 def test_every_form_of_the_kernel_on_gpu(scale_planes, inline_asm, group_size, dtype):
-    for rows in (1, 12, 30, 48, 64, 100):
+    for rows in (1, 12, 30, 48, 64, 100, 150):
         for block_n, split_k, num_warps in [(32, 3, 1), (64, 1, 4), (128, 2, 4), (256, 1, 8)]:
             config = Config(block_n=block_n, split_k=split_k, num_warps=num_warps, scale_planes=scale_planes,
                             inline_asm=inline_asm)
@@ -166,7 +176,7 @@ def test_two_runs_give_the_same_bits_on_gpu():
 @pytest.mark.parametrize(("inner", "columns"), LLAMA_8B + LLAMA_70B + SMOLLM + [(130, 1), (128, 17), (64, 100)])
 def test_lowers_to_one_launch(inner, columns):
     for rows, dtype in [(1, jnp.float16), (16, jnp.bfloat16), (30, jnp.float16), (48, jnp.float16), (60, jnp.bfloat16),
-                        (100, jnp.float16)]:
+                        (100, jnp.float16), (150, jnp.float16)]:
         avals = (jax.ShapeDtypeStruct((rows, inner), dtype),
                  jax.ShapeDtypeStruct(packed_shape(inner, columns), jnp.int32),
                  jax.ShapeDtypeStruct((-(-inner // 128), columns), jnp.float32))

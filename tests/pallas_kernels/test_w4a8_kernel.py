@@ -67,7 +67,7 @@ def problem(kind: str, rows: int, inner: int, outputs: int):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(1, 576, 40), (7, 130, 33), (60, 256, 64), (65, 128, 20)])
+@pytest.mark.parametrize("shape", [(1, 576, 40), (7, 130, 33), (60, 256, 64), (65, 128, 20), (150, 128, 20)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unsplit_product_is_exact(kind, shape, implementation):
     function, rows, weight, expected = problem(kind, *shape)
@@ -99,7 +99,7 @@ def test_sums_are_those_of_the_codes(columns, implementation):
     np.testing.assert_array_equal(w8a8.quantise_rows(x, sums=-1, implementation=implementation)[2], np.sum(expected, 0)[None])
 
 
-@pytest.mark.parametrize("rows", [8, 64, 100])
+@pytest.mark.parametrize("rows", [8, 64, 100, 150])
 @pytest.mark.parametrize(("inner", "outputs"), [(4096, 28672), (14336, 4096), (576, 960)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lowers_to_one_launch(kind, inner, outputs, rows):
