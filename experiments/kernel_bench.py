@@ -154,6 +154,13 @@ def _integer_products(kind: str) -> Callable[[Bench, ModelShape, Sequence[int]],
     return find
 
 
+def _weight_only_products(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    sizes = {**model.linears, "lm_head": (model.hidden, model.vocab)}
+    for (name, (inner, columns)), count in itertools.product(sizes.items(), rows):
+        case = cases.weight_only_product(count, inner, columns, result="partials")
+        yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
+
+
 def _dense_products(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
     for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
         case = cases.split_dense_product(count, inner, columns)
@@ -206,7 +213,8 @@ def _top_k(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Ite
 _TREE_ROWS = (1, 10, 30, 60)
 OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]]] = {
     "w4a16": (_MARLIN_ROWS, _products("partials")), "w4a16_product": (_MARLIN_ROWS, _products("product")),
-    "dense": (_TREE_ROWS, _dense_products), **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},
+    "dense": (_TREE_ROWS, _dense_products), "w8a16": (_TREE_ROWS, _weight_only_products),
+    **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},
     "attention": (_TREE_ROWS, _attention), "norm": (_TREE_ROWS, _norm), "rope": (_TREE_ROWS, _rope),
     "silu_mul": (_TREE_ROWS, _silu_mul), "top_k": ((1, 10), _top_k)}
 """Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import attention, dense, mlp, norm, rope, top_k, w4a8, w4a16, w8a8
+from pallas_kernels import attention, dense, mlp, norm, rope, top_k, w4a8, w4a16, w8a8, w8a16
 from pallas_kernels.partials import add_up
 
 _CACHE_BLOCK = 128
@@ -169,6 +169,24 @@ def integer_product(rows: int, inner: int, columns: int, kind: str, *, result: s
     cold_bytes = columns * (inner * bits // 8 + 4 + grouped * groups * 4)
     return Case(label=f"{inner} -> {columns} {kind}", rows=rows, make=make, run=run, cold=(3, 4),
                 traffic=cold_bytes + rows * (inner + 4 * columns), cold_bytes=cold_bytes)
+
+
+def weight_only_product(rows: int, inner: int, columns: int, *, result: str) -> Case:
+    """A product of f16 rows with 8-bit weights; `result` is "partials" or "consumed", as in `product`."""
+
+    def make(key: Array):
+        of_x, of_values, of_scales = jax.random.split(key, 3)
+        values = jax.random.bits(of_values, (columns, inner), jnp.uint8).view(jnp.int8)
+        return (jax.random.normal(of_x, (rows, inner), jnp.float16), values,
+                jax.random.uniform(of_scales, (columns,), minval=1e-3, maxval=2e-3))
+
+    def run(config, implementation, x, values, scales):
+        partials = w8a16.matmul_partials(x, values, scales, config=config, implementation=implementation)
+        return (partials if result == "partials" else (add_up(partials) * 0.5).astype(x.dtype),)
+
+    cold_bytes = columns * (inner + 4)
+    return Case(label=f"{inner} -> {columns}", rows=rows, make=make, run=run, cold=(1, 2),
+                traffic=cold_bytes + 2 * rows * (inner + columns), cold_bytes=cold_bytes)
 
 
 def dense_product(rows: int, inner: int, columns: int) -> Case:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import cases, launch
+from pallas_kernels import cases, launch, transposed
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import kernel as attention_kernel
 from pallas_kernels.cases import Case, ModelShape
@@ -25,6 +25,8 @@ from pallas_kernels.w4a16 import api as w4a16
 from pallas_kernels.w4a16 import kernel as w4a16_kernel
 from pallas_kernels.w8a8 import api as w8a8
 from pallas_kernels.w8a8 import kernel as w8a8_kernel
+from pallas_kernels.w8a16 import api as w8a16
+from pallas_kernels.w8a16 import kernel as w8a16_kernel
 
 _CONTEXTS = (512, 4096)
 _SPLITS = 4  # partial sums that norm and rope read: what a split product usually leaves
@@ -69,7 +71,7 @@ def _w4a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
         result = "normed" if name in ("o", "down") else "consumed"
         # of the rows that share a config, the most
         largest = {w4a16.tuning_key(count, inner, columns, group_size): count
-                   for count in rows if count <= w4a16_kernel.MAX_ROWS}
+                   for count in rows if count <= transposed.BLOCK_ROWS}
         for key, count in largest.items():
             yield Problem(
                 op="w4a16", keys=(key,), cases=(cases.product(count, inner, columns, group_size, result=result),),
@@ -96,6 +98,16 @@ def _w8a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) ->
             candidates=tuple(w8a8_kernel.candidates(count, inner, columns)))
 
 
+def _w8a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    head = model.hidden, model.vocab  # which may have this format whatever the layers have
+    for (inner, columns), count in itertools.product((*model.linears.values(), head), _largest(rows)):
+        yield Problem(
+            op="w8a16", keys=(w8a16.tuning_key(count, inner, columns),),
+            cases=(cases.weight_only_product(count, inner, columns, result="consumed"),),
+            heuristic=w8a16_kernel.heuristic(inner, columns),
+            candidates=tuple(w8a16_kernel.candidates(count, inner, columns)))
+
+
 def _w4a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     kinds = {"w4a8-qqq": ("channel", False), "w4a8-qoq": ("channel", True), "w4a8-qqq-g128": ("groups", False),
              "w4a8-qoq-g128": ("groups", True)}
@@ -110,7 +122,7 @@ def _w4a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) ->
 
 def _largest(rows: Sequence[int]) -> list[int]:
     """Of the rows that share a product's config, the most."""
-    return list({max(8, launch.power_of_two(count)): count for count in rows if count <= w8a8_kernel.MAX_ROWS}.values())
+    return list({transposed.tuned_rows(count): count for count in rows if count <= transposed.BLOCK_ROWS}.values())
 
 
 def _attention(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
@@ -171,5 +183,5 @@ def _filling(configs: Sequence[Any], programs: Callable[[Any], int], least: int,
 
 
 OPS: Mapping[str, Callable[[ModelShape, Sequence[int], Sequence[int]], Iterable[Problem]]] = {
-    "w4a16": _w4a16, "dense": _dense, "w8a8": _w8a8, "w4a8": _w4a8, "attention": _attention, "top_k": _top_k, "norm": _norm,
-    "rope": _rope}
+    "w4a16": _w4a16, "dense": _dense, "w8a8": _w8a8, "w8a16": _w8a16, "w4a8": _w4a8, "attention": _attention, "top_k": _top_k,
+    "norm": _norm, "rope": _rope}

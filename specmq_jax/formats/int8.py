@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import dense, w8a8
+from pallas_kernels import w8a8, w8a16
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.logical import ChannelInt8, Logical, dense_values
 
@@ -50,13 +50,7 @@ class Int8ChannelFormat(WeightFormat):
     def matmul(self, x: Float[Array, "M K"], weight: Int8Channel, *, reproducible: bool = False) -> Float[Array, "S M N"]:
         if self.activation_bits == 8:
             return w8a8.matmul_partials(*w8a8.quantise_rows(x), weight.values, weight.scales, reproducible=reproducible)
-        if reproducible:
-            partials = dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), transposed=True,
-                                             reproducible=True)
-            return partials * weight.scales
-        product = jax.lax.dot_general(x.astype(self.dtype), weight.values.astype(self.dtype), (((1,), (1,)), ((), ())),
-                                      preferred_element_type=jnp.float32)
-        return (product * weight.scales)[None]
+        return w8a16.matmul_partials(x.astype(self.dtype), weight.values, weight.scales, reproducible=reproducible)
 
     def outputs(self, weight: Int8Channel, kept: Int32[Array, "n"]) -> Int8Channel:
         return Int8Channel(weight.values[kept], weight.scales[kept])

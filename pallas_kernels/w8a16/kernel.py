@@ -1,0 +1,96 @@
+"""The W8A16 product on the tensor cores: 8-bit weights become half-precision numbers in registers, on their way to it."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels import launch, transposed
+
+MAX_ROWS = 2 * transposed.BLOCK_ROWS
+"""More rows cost less by weights that are expanded once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(transposed.Config):
+    """How the product is cut.
+
+    Attributes:
+      block_k: columns of K in a loop iteration, a power of two of at least 32.
+      least_rows: of x in a product, 8 or 16. A warpgroup's product has no fewer than 16, so that 8 are multiplied by another
+        instruction, which may round in another order.
+      inline_asm: converts in PTX, two weights an instruction; never in interpret mode.
+    """
+
+    block_k: int = 128
+    num_stages: int = 3
+    least_rows: int = 8
+    inline_asm: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        launch.check_powers_of_two(self, block_k=32)
+        if self.least_rows not in (8, 16):
+            raise ValueError(f"least_rows is {self.least_rows}; expected 8 or 16")
+
+
+def heuristic(inner: int, outputs: int) -> Config:
+    """A config that starts about three programs for each of about 132 SMs."""
+    config = Config()
+    split_k = min(396 // pl.cdiv(outputs, config.block_n), pl.cdiv(inner, config.block_k) // 4, 12)
+    return dataclasses.replace(config, split_k=max(1, split_k))
+
+
+def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
+    """Configs worth timing, with every split that fills a GPU about once."""
+    shapes = [{"block_n": block_n, "num_warps": warps, "block_k": block_k}
+              for block_n, warps in transposed.program_shapes(rows) for block_k in (64, 128)]
+    return transposed.filling(inner, outputs, [
+        Config(**shape, split_k=split_k, num_stages=stages)
+        for shape, split_k, stages in itertools.product(shapes, transposed.SPLITS, (3, 4, 5))])
+
+
+def _body(x_ref, values_ref, scales_ref, out_ref, *, config: Config, shares: int, interpret: bool):
+    rows, inner = x_ref.shape
+    mine = transposed.cut(rows, inner, values_ref.shape[0], block_n=config.block_n, block_k=config.block_k, shares=shares,
+                          least_rows=config.least_rows)
+
+    def step(block: Array, total: Array) -> Array:
+        column = mine.column(block)
+        values = transposed.load(values_ref, mine.output[:, None], column[None, :],
+                                 transposed.both(mine.output_mask, mine.inside(column)))
+        weights = _halves(values, inline_asm=config.inline_asm and not interpret)
+        return total + plgpu.dot(weights, mine.activations(x_ref, column))
+
+    zeros = jnp.zeros((config.block_n, len(mine.row)), jnp.float32)
+    total = jax.lax.fori_loop(mine.first, mine.last, step, zeros)
+    mine.store(out_ref, total * mine.per_output(scales_ref)[:, None], rows)
+
+
+def _halves(values: Int8[Array, "n k"], *, inline_asm: bool) -> Float[Array, "n k"]:
+    """The same numbers in f16.
+
+    A byte with its uppermost bit inverted, or-ed into the mantissa of 1024, is that number plus 1152.
+    """
+    if not inline_asm:
+        return values.astype(jnp.float16)
+    asm = ("{ .reg .b32 t, a, b, c; xor.b32 t, $2, 0x80808080; mov.b32 c, 0x64806480; prmt.b32 a, t, 0x64646464, 0x4140; "
+           "prmt.b32 b, t, 0x64646464, 0x4342; sub.f16x2 $0, a, c; sub.f16x2 $1, b, c; }")
+    [halves] = plgpu.elementwise_inline_asm(asm, args=[values], constraints="=r,=r,r", pack=4,
+                                            result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.float16)])
+    return halves
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: Float[Array, "N"], *, config: Config,
+                    interpret: bool) -> Float[Array, "S M N"]:
+    """Scaled partial products over the shares of K; M at most `MAX_ROWS`, x f16."""
+    shares = transposed.share_count(x.shape[1], config.block_k, config.split_k)
+    return transposed.launch_product(
+        functools.partial(_body, config=config, shares=shares, interpret=interpret), (x, values, scales),
+        outputs=values.shape[0], shares=shares, config=config, interpret=interpret, name="w8a16")
