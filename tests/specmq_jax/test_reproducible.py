@@ -119,7 +119,8 @@ LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "sizes"), [
     *((precision, DEMO) for precision in ("fp16", "bf16", "fp32", "w4a16-g64")),
-    *((precision, LLAMA_8B) for precision in ("fp16", "w4a16", "w4a16-channel"))],
+    *((precision, DEMO) for precision in ("w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128")),
+    *((precision, LLAMA_8B) for precision in ("fp16", "w4a16", "w4a16-channel", "w8a8", "w4a8-qqq-g128"))],
     ids=lambda value: value if isinstance(value, str) else str(value["hidden_size"]))
 def test_a_nodes_logits_have_the_bits_of_plain_decoding_on_gpu(precision, sizes):
     check_bits(Target(precision, **sizes), LENGTHS)
