@@ -5,6 +5,7 @@ rows of activations make a product. A program takes up to 64 rows, `block_n` out
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,19 @@ def filling(inner: int, outputs: int, configs: Sequence[Any]) -> list[Any]:
              if share_count(inner, config.block_k, config.split_k) == config.split_k}
     least, most = min(500, max(warps.values())), max(3200, min(warps.values()))
     return [config for config, count in warps.items() if least <= count <= most]
+
+
+def three_an_sm(config: Any, inner: int, outputs: int) -> Any:
+    """The config with a split of K that starts about three programs for each of about 132 SMs."""
+    split_k = min(396 // pl.cdiv(outputs, config.block_n), pl.cdiv(inner, config.block_k) // 4, 12)
+    return dataclasses.replace(config, split_k=max(1, split_k))
+
+
+def byte_candidates(kind: type[Config], rows: int, inner: int, outputs: int, *, block_k: Sequence[int]) -> list[Any]:
+    """Configs worth timing of a product with 8-bit weights, with every split that fills a GPU about once."""
+    return filling(inner, outputs, [
+        kind(block_n=block_n, num_warps=warps, block_k=columns, split_k=split_k, num_stages=stages)
+        for (block_n, warps), columns, split_k, stages in itertools.product(program_shapes(rows), block_k, SPLITS, (3, 4, 5))])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

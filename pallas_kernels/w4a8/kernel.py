@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
@@ -40,8 +39,7 @@ class Config(transposed.Config):
 
 def heuristic(rows: int, inner: int, outputs: int) -> Config:
     """A config that starts about three programs for each of about 132 SMs."""
-    split_k = min(396 // pl.cdiv(outputs, 64), pl.cdiv(inner, BLOCK) // 4, 12)
-    return Config(split_k=max(1, split_k), pipelined_scales=rows <= 16)
+    return transposed.three_an_sm(Config(pipelined_scales=rows <= 16), inner, outputs)
 
 
 def candidates(rows: int, inner: int, outputs: int) -> list[Config]:

@@ -5,11 +5,9 @@ Weights lie with K innermost, which is how the tensor core wants 8-bit operands.
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
@@ -35,18 +33,12 @@ class Config(transposed.Config):
 
 def heuristic(inner: int, outputs: int) -> Config:
     """A config that starts about three programs for each of about 132 SMs."""
-    config = Config()
-    split_k = min(396 // pl.cdiv(outputs, config.block_n), pl.cdiv(inner, config.block_k) // 4, 12)
-    return dataclasses.replace(config, split_k=max(1, split_k))
+    return transposed.three_an_sm(Config(), inner, outputs)
 
 
 def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
-    """Configs worth timing, with every split that fills a GPU about once."""
-    shapes = [{"block_n": block_n, "num_warps": warps, "block_k": block_k}
-              for block_n, warps in transposed.program_shapes(rows) for block_k in (128, 256)]
-    return transposed.filling(inner, outputs, [
-        Config(**shape, split_k=split_k, num_stages=stages)
-        for shape, split_k, stages in itertools.product(shapes, transposed.SPLITS, (3, 4, 5))])
+    """Configs worth timing."""
+    return transposed.byte_candidates(Config, rows, inner, outputs, block_k=(128, 256))
 
 
 def _body(q_ref, row_scales_ref, values_ref, scales_ref, out_ref, *, config: Config, shares: int):
