@@ -121,6 +121,22 @@ class Cut:
         """A vector of the outputs; `leading` are the indices before them."""
         return _load_vector(ref, leading, self.output, self.output_mask)
 
+    def per_output_ahead(self, ref: Any, index: Array, *, num_warps: int) -> Array:
+        """The vector `index` of [index, output], in a form that Triton loads ahead of time where a product's operand depends on
+        it and something behind the product reads it, too.
+
+        A load of fewer elements than a program has threads counts as cheap: it is made again, in the loop, in each other layout
+        that is asked for. So the vectors behind this one are loaded with it, and nobody reads them.
+        """
+        copies = 32 * num_warps // len(self.output)
+        if copies <= 1:
+            return self.per_output(ref, index)
+        which = jnp.arange(copies)[None, :]
+        place = jnp.minimum(index + which, ref.shape[0] - 1), self.output[:, None]
+        mask = both(self.output_mask, None)
+        numbers = plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
+        return jnp.sum(jnp.where(which == 0, numbers, 0), axis=1, dtype=numbers.dtype)
+
     def per_row(self, ref: Any, *leading: Array) -> Array:
         """A vector of the rows."""
         return _load_vector(ref, leading, self.row, self.row_mask)

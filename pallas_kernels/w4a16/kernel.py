@@ -66,7 +66,8 @@ def heuristic(rows: int, inner: int, columns: int) -> Config:
 def candidates(rows: int, inner: int, columns: int) -> list[Config]:
     """Configs worth timing: shapes of a program that have won somewhere, with every split that fills the GPU about once."""
     if rows <= 16:
-        shapes = [{"block_n": block_n, "num_warps": warps} for block_n, warps in ((64, 1), (128, 2), (128, 4), (256, 4))]
+        shapes = [{"block_n": block_n, "num_warps": warps}
+                  for block_n, warps in ((64, 1), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4))]
     else:
         shapes = [{"block_n": block_n, "num_warps": warps, "scale_planes": scaled}
                   for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)) for scaled in (False, True)]
@@ -87,16 +88,17 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
                           least_rows=config.least_rows)
     inline_asm = config.inline_asm and not interpret
     scale_planes = config.scale_planes and x_ref.dtype == jnp.float16
-    pipelined_scales = (config.pipelined_scales and inline_asm and group_size != -1
-                        and scales_ref.dtype == jnp.float32)
+    pipelined_scales = config.pipelined_scales and group_size != -1 and scales_ref.dtype == jnp.float32
     group_planes = layout.PLANES if group_size == -1 else group_size // layout.PLANE_ROWS
     groups = layout.PLANES // group_planes  # of a block
     group_rows = layout.BLOCK // groups
 
     def scales_of(block: Array) -> list[Array]:
         """A block's scales, a vector of columns for each of its groups; past the last group nobody reads them."""
-        last = scales_ref.shape[0] - 1
-        return [mine.per_output(scales_ref, jnp.minimum(block * groups + group, last)) for group in range(groups)]
+        numbers = [jnp.minimum(block * groups + group, scales_ref.shape[0] - 1) for group in range(groups)]
+        if pipelined_scales:
+            return [mine.per_output_ahead(scales_ref, number, num_warps=config.num_warps) for number in numbers]
+        return [mine.per_output(scales_ref, number) for number in numbers]
 
     def step(block: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
         total, scales = carry

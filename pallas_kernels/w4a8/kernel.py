@@ -113,7 +113,7 @@ def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
         total, (sums, words) = carry
         following = numbers(block + 1)
         if config.pipelined_scales:
-            words = mine.per_output(groups_ref, block)
+            words = mine.per_output_ahead(groups_ref, block, num_warps=config.num_warps)
         codes = codes_of(_packed(mine, packed_ref, block), words if config.pipelined_scales else None, inline_asm=inline_asm)
         # The sum of q * scale + zero is taken apart, so that a weight costs no more than its unpacking.
         part = plgpu.dot(joined(list(codes)), mine.activations(q_ref, mine.column(block)))
