@@ -17,7 +17,7 @@ from experiments.flags import Settings
 from experiments.runner import Result
 from experiments.scoring import Score, score_file
 from experiments.tables import NO_VALUE
-from specmq_jax import metrics
+from specmq_jax import formats, metrics
 from specmq_jax.sampling import Greedy, Sampling
 
 _LABEL_WIDTH, _BAR_COLUMN_WIDTH = 33, 16
@@ -61,7 +61,7 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
     return {
         "device": measured["device"], "device_bandwidth": measured["device_bandwidth"], "jax": measured["jax"],
         "python": platform.python_version(), "model": settings.models.target_name, "precision": measured["precision"],
-        "max_length": measured["max_length"],
+        "reproducible": settings.reproducible, "max_length": measured["max_length"],
         "prefill_tokens": measured["phase_prompt_tokens"], "max_new_tokens": settings.max_new_tokens,
         "sampling": _words(settings.sampling), "questions": len(results[0].answers),
         "turns": sum(len(answer.new_tokens) for answer in results[0].answers),
@@ -111,6 +111,10 @@ def print_table(summary: Summary, console: Console) -> None:
             console.print(f"{method}: {figure['stray_differences']} of {figure['differences']} differences are not between "
                           "the target's two best tokens (\"differences\" in the method's .settings.json lists them)",
                           highlight=False)
+    parted = any(figure["identical_share"] not in (None, 1) for figure in figures.values())
+    if parted and formats.get(summary["precision"]).activation_bits == 8 and not summary["reproducible"]:
+        console.print(f"At {summary['precision']} a last bit that differs becomes a whole code of an activation: with "
+                      "--reproducible every method gives the baseline's answers.", highlight=False)
     slow = [method for method, figure in figures.items() if figure["expanded_drafter"] and (figure["speedup"] or 1) < 1]
     if slow:
         console.print(f"On a CPU, low-bit weights are expanded to f32: a token that the small model of {' and '.join(slow)} "

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ class WeightFormat(abc.ABC):
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
         """Dtype of the activations that a model of this format passes between its layers."""
+
+    activation_bits: ClassVar[int] = 16
+    """Bits of an activation in the product: 8 where each token's are rounded, else 16 or more."""
 
     @property
     def rounds_activations(self) -> bool:

@@ -11,9 +11,9 @@ from pallas_kernels import exact, w4a8
 from pallas_kernels.w8a8 import api as w8a8
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.dense import Dense, DenseFormat
-from specmq_jax.formats.int8 import Int8Channel, Int8ChannelFormat
+from specmq_jax.formats.int8 import Int8Channel
 from specmq_jax.formats.logical import Logical
-from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format
+from specmq_jax.formats.w4a8 import Int4Channel
 
 
 @jax.tree_util.register_dataclass
@@ -69,9 +69,7 @@ class ExpandedIntegersFormat(WeightFormat):
 
 def expanded(weight_format: WeightFormat) -> WeightFormat:
     """The format that stands for `weight_format` on a CPU."""
-    quantises = isinstance(weight_format, Int4Int8Format) or (
-        isinstance(weight_format, Int8ChannelFormat) and weight_format.activation_bits == 8)
-    return ExpandedIntegersFormat(source=weight_format) if quantises else DenseFormat(kind="fp32")
+    return ExpandedIntegersFormat(source=weight_format) if weight_format.activation_bits == 8 else DenseFormat(kind="fp32")
 
 
 def expand(weight_format: WeightFormat, weight: Any, shape: tuple[int, int]) -> Dense | ExpandedIntegers:

@@ -5,7 +5,7 @@ groups whose scales turn the codes into 8-bit integers of one scale an output.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Int4Int8Format(WeightFormat):
 
     scheme: str
     group_size: int = -1
+
+    activation_bits: ClassVar[int] = 8
 
     @property
     def name(self) -> str:

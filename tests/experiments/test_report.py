@@ -58,6 +58,18 @@ def test_turns_count_against_the_identical_share_while_their_prompts_are_the_sam
     assert cells["largest gap at a difference"] == ["-", "0.25"]
 
 
+@pytest.mark.parametrize(("precision", "slip", "reproducible", "told"), [
+    ("w8a8", True, False, True), ("w4a8-qoq-g128", True, False, True), ("w4a16", True, False, False),
+    ("w8a8", False, False, False), ("w8a8", True, True, False)])
+def test_answers_that_part_for_rounded_activations_are_explained(tmp_path, monkeypatch, precision, slip, reproducible, told):
+    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    settings = make_settings(tmp_path, reproducible=reproducible)
+    results = runner.run(settings, load=lambda _: FakeBench(slip=slip, precision=precision), plan=fake_plan,
+                         console=Console(file=io.StringIO()))
+    report.report(settings, results, Console(file=(printed := io.StringIO()), width=200))
+    assert ("with --reproducible every method gives the baseline's answers" in printed.getvalue()) == told
+
+
 def test_acceptance_by_depth_is_conditional(reported):
     settings, _ = reported
     path = settings.output_dir / "spec.jsonl"
