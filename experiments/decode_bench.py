@@ -96,7 +96,9 @@ def _print(about: Mapping[str, Any], measures: Sequence[Measure], console: Conso
     for precision in dict.fromkeys(measure.precision for measure in measures):
         mine = [measure for measure in measures if measure.precision == precision]
         peaks = [measure.peak for measure in mine if measure.peak]
-        say(f"\n{about['shape']} at {precision}: weights and caches of {max(measure.held for measure in mine) / 1e9:.1f} GB"
+        head = f", lm_head at {settings['head_precision']}" if settings["head_precision"] else ""
+        held = max(measure.held for measure in mine)
+        say(f"\n{about['shape']} at {precision}{head}: weights and caches of {held / 1e9:.1f} GB"
             + (f", at most {max(peaks) / 1e9:.1f} GB in use" if peaks else ""))
         for context in sorted({measure.context for measure in mine}):
             console.print(table(f"behind {context} tokens" if context else "prefill",
@@ -162,7 +164,8 @@ def _settings() -> Settings:
         inner=_tree(given.inner_depth, given.inner_top_k, given.inner_size, Drafting.inner),
         min_length=given.min_draft_length or Drafting.min_length, model_start=given.draft_model_start)
     return Settings(
-        config=shape(given.shape), precisions=precisions, methods=chosen, drafting=drafting,
+        config=shape(given.shape), precisions=precisions, methods=chosen,
+        head_precision=formats.get(given.head_precision).name if given.head_precision else None, drafting=drafting,
         parts=_chosen("parts", given.parts, PARTS), contexts=_counts("contexts"), rows=_counts("rows"),
         prefill=_counts("prefill"), runs=given.runs, reproducible=given.reproducible)
 
@@ -197,6 +200,8 @@ def declare_flags() -> None:
                              "Hugging Face config.json, of which only the sizes are read.")
     absl_flags.DEFINE_string("draft_shape", None, "Sizes of the small model of methods spec and hier, given like --shape. "
                              "Default: llama3-8b for llama3-70b, llama3-1b for llama3-8b, the target's own for others.")
+    absl_flags.DEFINE_string("head_precision", None, "Of the target's lm_head, by which an EAGLE-2 head drafts, too. "
+                             "Default: dense.")
     absl_flags.DEFINE_list("parts", list(PARTS), "What to measure: verify, T_v(n); draft, each method's drafting; step, its "
                            "verification and its whole rounds; prefill, tokens a second of prompts.")
     absl_flags.DEFINE_list("contexts", ["512", "4096", "16384"], "Tokens in the cache before a step. One cache serves all.")

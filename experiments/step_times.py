@@ -33,6 +33,7 @@ class Settings:
     Attributes:
       config: sizes of the target.
       precisions: of its weights, one after another.
+      head_precision: of its lm_head; None leaves it dense.
       methods: whose drafts and rounds to time.
       drafting: what they draft with.
       parts: some of `PARTS`.
@@ -45,6 +46,7 @@ class Settings:
 
     config: sm.LlamaConfig
     precisions: tuple[str, ...]
+    head_precision: str | None = None
     methods: tuple[str, ...]
     drafting: Drafting
     parts: tuple[str, ...]
@@ -115,7 +117,7 @@ def measure(settings: Settings) -> Iterator[Measure]:
     """
     enable_persistent_cache()
     for precision in settings.precisions:
-        bench = _Bench(settings, sm.random_model(settings.config, precision))
+        bench = _Bench(settings, sm.random_model(settings.config, precision, head=settings.head_precision))
         if "verify" in settings.parts:
             yield from bench.verifications()
         if "prefill" in settings.parts:

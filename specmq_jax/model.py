@@ -157,17 +157,27 @@ def load(source: str | pathlib.Path, precision: str | None = None, *, expand: bo
                  directory=made.directory)
 
 
-def random_model(config: LlamaConfig, precision: str, *, seed: int = 0) -> Model:
+def random_model(config: LlamaConfig, precision: str, *, head: str | None = None, seed: int = 0) -> Model:
     """Random weights of the given sizes: right for speed, useless for quality.
 
+    Args:
+      config: sizes.
+      precision: of the layers' weights.
+      head: that of lm_head; by default dense.
+      seed: of the weights.
+
     Raises:
-      UserError: an unknown precision, or weights that the device has no room for.
+      UserError: an unknown precision, one for the lm_head of a model that has none, or weights that the device has no room
+        for.
     """
     linear = formats.get(precision)
     dense = linear if isinstance(linear, DenseFormat) else DenseFormat(kind="fp16")
-    module, f32 = Llama(config, linear, dense, dense), DenseFormat(kind="fp32")
-    check_room(tree_bytes(Outline.of(config, Formats(linear=linear, head=dense, embed=dense)).params)
-               + _packing_bytes(checkpoint.parameter_shapes(config).values()), "making the weights")
+    if head and config.tie_embeddings:
+        raise UserError(f"the embedding table serves as the lm_head here, and stays dense; leave out {head} for it")
+    held, f32 = Formats(linear=linear, head=formats.get(head) if head else dense, embed=dense), DenseFormat(kind="fp32")
+    module = _module(config, held)
+    check_room(tree_bytes(Outline.of(config, held).params) + _packing_bytes(checkpoint.parameter_shapes(config).values()),
+               "making the weights")
     # in f32 a weight's shape is its logical one
     plain = Outline.of(config, Formats(linear=f32, head=f32, embed=f32)).params
     key = jax.random.key(seed)

@@ -81,9 +81,9 @@ def test_what_was_measured_before_an_error_is_told_and_kept(tmp_path):
 def test_the_weights_of_one_precision_are_gone_when_the_next_are_made(monkeypatch):
     made, make = [], sm.random_model
 
-    def watched(config, precision):
+    def watched(config, precision, head):
         assert not any(reference() for reference in made)
-        model = make(config, precision)
+        model = make(config, precision, head=head)
         made.append(weakref.ref(model))
         return model
 
@@ -169,6 +169,21 @@ def test_the_command_measures_a_directory_of_sizes(tmp_path):
     assert kept["measures"][0]["formats"] == {"linear": "w4a16", "head": "fp16", "embed": "fp16"}
     assert kept["bandwidth"] == 1e10 and kept["shape"] == str(tmp_path)
     assert "given as 10 GB/s" in result.stdout and result.stdout.count("T_v(2)") == 4
+
+
+def test_a_rounded_lm_head_is_the_targets_and_its_eagle2_heads():
+    asked = settings(precisions=("w4a16",), methods=("eagle2",), parts=("verify", "draft"), rows=(2,), runs=1,
+                     drafting=dataclasses.replace(DRAFTING, vocabulary=None))
+    measures, printed = run(dataclasses.replace(asked, head_precision="w8a16"))
+    dense, _ = run(asked)
+    assert "tiny at w4a16, lm_head at w8a16: weights" in printed
+    assert [measure.formats["head"] for measure in measures] == ["w8a16"] * 2
+    saved = 96 * 64 * 2 - 96 * (64 + 4)  # of f16 values against bytes with a scale for each token
+    (verify, draft), (dense_verify, dense_draft) = measures, dense
+    assert dense_verify.moved - verify.moved == saved
+    assert dense_draft.moved - draft.moved == saved * TREE.depth
+    with pytest.raises(UserError, match="the embedding table serves as the lm_head here"):
+        sm.random_model(dataclasses.replace(TINY, tie_embeddings=True), "fp16", head="w8a16")
 
 
 @pytest.mark.parametrize(("arguments", "fault"), [
