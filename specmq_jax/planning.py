@@ -14,6 +14,9 @@ from specmq_jax.memory import Plan, tree_bytes
 from specmq_jax.model import Model, Outline
 from specmq_jax.sampling import Greedy
 
+_KERNEL_ROWS = 64
+"""Rows that every quantised format has a kernel for on a GPU, which neither expands a weight nor is timed by the compiler."""
+
 
 def plan(target: Model, drafters: Sequence[Drafter], config: DecodeConfig) -> Plan:
     """What decoding with one drafter after another holds where it holds most.
@@ -57,7 +60,7 @@ def working_bytes(target: Model, drafter: Drafter, config: DecodeConfig) -> int:
     chunk, found = prefill_chunks(config)[-1], 0
     for network in _networks(target, drafter):
         layer, rows = network.layer, network.scored
-        scores = 4 * forms * rows * layer.vocab_size + _expanded(network.head, layer.hidden_size, layer.vocab_size)
+        scores = 4 * forms * rows * layer.vocab_size + _expanded(network.head, layer.hidden_size, layer.vocab_size, rows)
         found = max(found, pass_bytes(layer, network.linear, chunk), pass_bytes(layer, network.linear, rows) + scores)
         if jax.default_backend() == "gpu":
             found = max(found, timing_bytes(network.linear, layer.hidden_size, 2 * layer.intermediate_size, chunk),
@@ -75,18 +78,20 @@ def pass_bytes(layer: LlamaConfig, linear: WeightFormat, rows: int) -> int:
     """
     wide, size = 2 * layer.intermediate_size, linear.dtype.itemsize
     activations = rows * (4 * (wide + layer.hidden_size) + size * layer.intermediate_size)
-    return activations + _expanded(linear, layer.hidden_size, wide)
+    return activations + _expanded(linear, layer.hidden_size, wide, rows)
 
 
 def timing_bytes(weight_format: WeightFormat, inner: int, columns: int, rows: int) -> int:
     """Bytes that XLA's autotuner takes for a product of [rows, inner] and [inner, columns]: operands of its own, the result
-    of the kernel that it times, and that of the one it compares with."""
+    of the kernel that it times, and that of the one it compares with. None where a kernel of ours makes the product."""
+    if not isinstance(weight_format, DenseFormat) and rows <= _KERNEL_ROWS:
+        return 0
     return weight_format.dtype.itemsize * inner * (rows + columns) + 2 * 4 * rows * columns
 
 
-def _expanded(weight_format: WeightFormat, inner: int, columns: int) -> int:
-    dense = isinstance(weight_format, DenseFormat)
-    return 0 if dense else weight_format.dtype.itemsize * inner * columns
+def _expanded(weight_format: WeightFormat, inner: int, columns: int, rows: int) -> int:
+    as_it_is = isinstance(weight_format, DenseFormat) or (jax.default_backend() == "gpu" and rows <= _KERNEL_ROWS)
+    return 0 if as_it_is else weight_format.dtype.itemsize * inner * columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -166,6 +166,15 @@ def test_8b_takes_at_most_the_promised_memory_beside_weights_and_caches(monkeypa
     assert plan.total < 1.15 * (plan.total - plan.parts["working memory"]) + 1e9
 
 
+@pytest.mark.parametrize(("head", "timed"), [("fp16", True), ("w8a16", False), ("w8a8", False), ("w4a16", False)])
+def test_only_a_dense_lm_head_takes_its_size_again_to_be_timed(monkeypatch, head, timed):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    held = checkpoint.Formats.named({"linear": "w4a16", "head": head, "embed": "fp16"})
+    config = sm.DecodeConfig(max_len=4096, prefill_chunks=(128,))
+    working = planning.working_bytes(model.Outline.of(LLAMA3_8B, held), sm.NoDrafter(), config)
+    assert (working > 2 * 4096 * 128256) == timed
+
+
 @pytest.mark.parametrize("sizes", [
     dict(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, vocab_size=4096),
     dict(hidden_size=1024, intermediate_size=4096, num_heads=16, num_kv_heads=16, head_dim=64, vocab_size=4096)])
