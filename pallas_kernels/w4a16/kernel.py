@@ -70,7 +70,7 @@ def candidates(rows: int, inner: int, columns: int) -> list[Config]:
                   for block_n, warps in ((64, 1), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4))]
     else:
         shapes = [{"block_n": block_n, "num_warps": warps, "scale_planes": scaled}
-                  for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)) for scaled in (False, True)]
+                  for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8), (256, 16)) for scaled in (False, True)]
     return transposed.filling(inner, columns, [
         Config(**shape, split_k=split_k, num_stages=stages)
         for shape, split_k, stages in itertools.product(shapes, (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), (3, 4))])
