@@ -57,11 +57,11 @@ def tuned_rows(rows: int) -> int:
 
 
 def filling(inner: int, outputs: int, configs: Sequence[Any]) -> list[Any]:
-    """Those with a split that K allows and as many warps as a GPU of about 132 SMs has use for."""
+    """Those with a split that K allows and as many warps as a GPU of about 132 SMs has use for; more where nothing is split."""
     warps = {config: pl.cdiv(outputs, config.block_n) * config.split_k * config.num_warps for config in configs
              if share_count(inner, config.block_k, config.split_k) == config.split_k}
     least, most = min(500, max(warps.values())), max(3200, min(warps.values()))
-    return [config for config, count in warps.items() if least <= count <= most]
+    return [config for config, count in warps.items() if least <= count and (count <= most or config.split_k == 1)]
 
 
 def three_an_sm(config: Any, inner: int, outputs: int) -> Any:

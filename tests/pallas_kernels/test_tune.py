@@ -83,6 +83,15 @@ def test_every_problem_of_a_real_model_has_a_choice(op):
     assert len({key for each in found for key in each.keys}) == sum(len(each.keys) for each in found)
 
 
+@pytest.mark.parametrize("op", ["w4a16", "w4a8", "w8a8", "w8a16"])
+def test_a_wide_product_may_be_left_whole_by_programs_of_any_size(op):
+    for rows in (1, 32, 64):
+        [gate_up, *_] = [each for each in problems.find(op, [cases.MODELS["llama3-70b"]], (rows,), (128,))
+                         if "8192x57344" in each.keys[0]]
+        shapes = {(config.block_n, config.num_warps) for config in gate_up.candidates if config.split_k == 1}
+        assert shapes == {(config.block_n, config.num_warps) for config in gate_up.candidates}
+
+
 def test_a_kernel_finds_what_was_tuned(package):
     [found] = problems.find("norm", [TINY], (1,), (128,))
     found = dataclasses.replace(found, candidates=found.candidates[:2])
