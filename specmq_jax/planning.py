@@ -83,7 +83,7 @@ def pass_bytes(layer: LlamaConfig, linear: WeightFormat, rows: int) -> int:
 
 def timing_bytes(weight_format: WeightFormat, inner: int, columns: int, rows: int) -> int:
     """Bytes that XLA's autotuner takes for a product of [rows, inner] and [inner, columns]: operands of its own, the result
-    of the kernel that it times, and that of the one it compares with. None where a kernel of ours makes the product."""
+    of the kernel that it times, and that of the one it compares with; 0 where a kernel of ours makes the product."""
     if not isinstance(weight_format, DenseFormat) and rows <= _KERNEL_ROWS:
         return 0
     return weight_format.dtype.itemsize * inner * (rows + columns) + 2 * 4 * rows * columns
