@@ -77,7 +77,8 @@ def _text(bench: Bench, generation: sm.Generation) -> str:
 BENCHMARK = Benchmark(
     name="gsm8k", sample=questions.SAMPLES / "gsm8k_small.jsonl",
     published=Published(name="gsm8k.jsonl", url="https://raw.githubusercontent.com/openai/grade-school-math/master/"
-                                                "grade_school_math/data/test.jsonl"),
+                                                "grade_school_math/data/test.jsonl",
+                        sha256="3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
     parse=parse_question, encode=_encode, text=_text, stop_strings=_STOP, max_new_tokens=256, max_length=2048,
     scorer=Scorer(metric="accuracy", judge=judge))
 """arXiv:2110.14168, asked without a chat template; an answer ends where the model goes on to a next question."""
