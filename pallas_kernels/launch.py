@@ -51,9 +51,9 @@ def tuned(op: str, key: str) -> Mapping[str, int | bool] | None:
 
     Each `api.py` spells its own keys.
     """
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    tables = [table_path(op), *(_path(op, name) for name in (_MEASURED.get(capability),) if name)]
-    return next((table[key] for table in map(_table, tables) if key in table), None)
+    own = _table(table_path(op)).get(key)
+    kin = _MEASURED.get(getattr(jax.devices()[0], "compute_capability", None))
+    return own if own or not kin else _table(_path(op, kin)).get(key)
 
 
 def table_path(op: str) -> pathlib.Path:
