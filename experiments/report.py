@@ -113,8 +113,8 @@ def print_table(summary: Summary, console: Console) -> None:
                           highlight=False)
     parted = any(figure["identical_share"] not in (None, 1) for figure in figures.values())
     if parted and formats.get(summary["precision"]).activation_bits == 8 and not summary["reproducible"]:
-        console.print(f"At {summary['precision']} a last bit that differs becomes a whole code of an activation: with "
-                      "--reproducible every method gives the baseline's answers.", highlight=False)
+        console.print(f"At {summary['precision']} a last bit that differs becomes a whole code of an activation; with "
+                      "--reproducible no last bit depends on how many rows a method verifies at once.", highlight=False)
     slow = [method for method, figure in figures.items() if figure["expanded_drafter"] and (figure["speedup"] or 1) < 1]
     if slow:
         console.print(f"On a CPU, low-bit weights are expanded to f32: a token that the small model of {' and '.join(slow)} "

@@ -67,7 +67,7 @@ def test_answers_that_part_for_rounded_activations_are_explained(tmp_path, monke
     results = runner.run(settings, load=lambda _: FakeBench(slip=slip, precision=precision), plan=fake_plan,
                          console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=(printed := io.StringIO()), width=200))
-    assert ("with --reproducible every method gives the baseline's answers" in printed.getvalue()) == told
+    assert ("with --reproducible no last bit depends on" in printed.getvalue()) == told
 
 
 def test_acceptance_by_depth_is_conditional(reported):
