@@ -42,6 +42,10 @@ def test_every_code_is_the_number_it_stands_for(implementation):
     np.testing.assert_array_equal(found.sum(0).T, np.arange(-128, 128).reshape(4, 64))
 
 
+TENSOR_CORE_SUMS = 5e-5
+"""The tensor core truncates its f32 sums, here of up to 14336 products, where IEEE addition rounds them."""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("inline_asm", [True, False])
 @pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM)
@@ -57,8 +61,8 @@ def test_every_form_of_the_kernel_on_gpu(inner, outputs, inline_asm):
         for block_n, block_k, split_k, num_warps in [(32, 64, 3, 1), (64, 128, 1, 4), (128, 64, 2, 8)]:
             config = Config(block_n=block_n, block_k=block_k, split_k=split_k, num_warps=num_warps, inline_asm=inline_asm)
             found = matmul_partials(x, values, scales, config=config).sum(0)[:, sample]
-            assert relative_error(found, expected) < 1e-5, (rows, config)
-        assert relative_error(matmul_partials(x, values, scales).sum(0)[:, sample], expected) < 1e-5, rows
+            assert relative_error(found, expected) < TENSOR_CORE_SUMS, (rows, config)
+        assert relative_error(matmul_partials(x, values, scales).sum(0)[:, sample], expected) < TENSOR_CORE_SUMS, rows
 
 
 @pytest.mark.gpu
