@@ -104,7 +104,7 @@ def _w8a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
         yield Problem(
             op="w8a16", keys=(w8a16.tuning_key(count, inner, columns),),
             cases=(cases.weight_only_product(count, inner, columns, result="consumed"),),
-            heuristic=w8a16_kernel.heuristic(inner, columns),
+            heuristic=w8a16_kernel.heuristic(count, inner, columns),
             candidates=tuple(w8a16_kernel.candidates(count, inner, columns)))
 
 

@@ -56,7 +56,7 @@ def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: 
 
 def _config(rows: int, inner: int, outputs: int) -> kernel.Config:
     fields = launch.tuned("w8a16", tuning_key(rows, inner, outputs))
-    return kernel.Config(**fields) if fields else kernel.heuristic(inner, outputs)
+    return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
 
 
 def tuning_key(rows: int, inner: int, outputs: int) -> str:
