@@ -23,16 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from checkpoints_tools.arrays import contiguous
 from checkpoints_tools.readers import Reader, open_source
 from specmq_jax import errors, formats
-from specmq_jax.checkpoint import (
-    CheckpointWriter,
-    Formats,
-    cached_checkpoints,
-    check_destination,
-    is_native,
-    parameter_shapes,
-)
+from specmq_jax.checkpoint import CheckpointWriter, cached_checkpoints, check_destination, is_native
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, Logical, Quantised, Weight, WeightFormat
+from specmq_jax.parameters import Formats, parameter_shapes
 
 _CHECKED_BYTES = 64 << 20
 """Of values that are looked through at a time."""

@@ -20,9 +20,10 @@ from checkpoints_tools.readers.quantised import check_divisible, is_quantised
 from checkpoints_tools.shards import ShardWriter
 from checkpoints_tools.staging import staged
 from specmq_jax import errors, formats
-from specmq_jax.checkpoint import Formats, check_destination, parameter_shapes, write_json
+from specmq_jax.checkpoint import check_destination, write_json
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical
+from specmq_jax.parameters import Formats, parameter_shapes
 
 SHARD_BYTES = 1 << 30
 _USAGE = "python -m checkpoints_tools.export SRC DST --format=hf|gptq [--precision=NAME]"

@@ -13,7 +13,7 @@ from rich.table import Table
 from checkpoints_tools.convert import arguments
 from checkpoints_tools.readers import Reader, open_source
 from specmq_jax import errors
-from specmq_jax.checkpoint import parameter_shapes
+from specmq_jax.parameters import parameter_shapes
 
 
 def describe(reader: Reader) -> Iterator[tuple[str, str]]:

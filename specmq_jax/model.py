@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int32
 
 from specmq_jax import checkpoint, formats
 from specmq_jax.cache import KVCache
-from specmq_jax.checkpoint import Formats
 from specmq_jax.config import LlamaConfig
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, Weight, WeightFormat
 from specmq_jax.llama import Llama
 from specmq_jax.memory import check_room, tree_bytes
+from specmq_jax.parameters import Formats, parameter_shapes
 
 Params = Any
 
@@ -59,7 +59,7 @@ class Model:
         """The same weights at another precision, quantised by round-to-nearest; embedding and lm_head are shared."""
         if precision == self.precision:
             return self
-        linear, current, shapes = formats.get(precision), self._formats, checkpoint.parameter_shapes(self.config)
+        linear, current, shapes = formats.get(precision), self._formats, parameter_shapes(self.config)
         expanded = self.module.format.name != self.precision  # and stays so
         held = dataclasses.replace(current, linear=formats.expanded(linear) if expanded else linear)
         weights = traverse_util.flatten_dict(self.params["params"], sep="/")
@@ -73,7 +73,7 @@ class Model:
     @staticmethod
     def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats
                   ) -> Weight:
-        """The weight at a path of `checkpoint.parameter_shapes`, packed as `_repackings` says."""
+        """The weight at a path of `parameter_shapes`, packed as `_repackings` says."""
         for before, after in _repackings(path, current, linear, held):
             weight = weight.astype(after.dtype) if path == "embed/table" else _repack(weight, before, after, shape)
         return weight
@@ -92,12 +92,12 @@ class Outline(Model):
     @classmethod
     def of(cls, config: LlamaConfig, held: Formats) -> Self:
         """The outline of a model whose parts are in the formats `held`."""
-        weights = {path: held.abstract(path, shape) for path, shape in checkpoint.parameter_shapes(config).items()}
+        weights = {path: held.abstract(path, shape) for path, shape in parameter_shapes(config).items()}
         return cls(config=config, module=_module(config, held), params=_variables(weights), precision=held.linear.name)
 
     def with_precision(self, precision: str) -> "Outline":
         made = super().with_precision(precision)
-        packed = [shape for path, shape in checkpoint.parameter_shapes(self.config).items() if _is_linear(path)]
+        packed = [shape for path, shape in parameter_shapes(self.config).items() if _is_linear(path)]
         return made if made is self else dataclasses.replace(made, making_bytes=_packing_bytes(packed))
 
     @staticmethod
@@ -122,7 +122,7 @@ def outline(source: str | pathlib.Path, precision: str | None = None, *, expand:
     expand = jax.default_backend() == "cpu" if expand is None else expand
     held = (Formats(linear=formats.expanded(linear), head=formats.expanded(stored.head), embed=f32) if expand else
             dataclasses.replace(stored, linear=linear))
-    changed = {path: shape for path, shape in checkpoint.parameter_shapes(config).items()
+    changed = {path: shape for path, shape in parameter_shapes(config).items()
                if _repackings(path, stored, linear, held)}
     making = 0
     if changed:
@@ -176,7 +176,7 @@ def random_model(config: LlamaConfig, precision: str, *, head: str | None = None
         raise UserError(f"the embedding table serves as the lm_head here, and stays dense; leave out {head} for it")
     held, f32 = Formats(linear=linear, head=formats.get(head) if head else dense, embed=dense), DenseFormat(kind="fp32")
     module = _module(config, held)
-    check_room(tree_bytes(Outline.of(config, held).params) + _packing_bytes(checkpoint.parameter_shapes(config).values()),
+    check_room(tree_bytes(Outline.of(config, held).params) + _packing_bytes(parameter_shapes(config).values()),
                "making the weights")
     # in f32 a weight's shape is its logical one
     plain = Outline.of(config, Formats(linear=f32, head=f32, embed=f32)).params
@@ -261,7 +261,7 @@ def _variables(weights: Mapping[str, Weight]) -> Params:
 
 
 def _is_linear(path: str) -> bool:
-    """Whether a path of `checkpoint.parameter_shapes` is that of a layer's linear weight."""
+    """Whether a path of `parameter_shapes` is that of a layer's linear weight."""
     return path.startswith("layers_") and path.endswith("/w")
 
 

@@ -10,10 +10,11 @@ import jax
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from specmq_jax.checkpoint import Formats, write_json
+from specmq_jax.checkpoint import write_json
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Weight
+from specmq_jax.parameters import Formats
 
 
 class KeptLayers:
@@ -54,7 +55,7 @@ class KeptLayers:
             raise UserError(f"{self.directory} can't be written: {error.strerror}") from None
 
     def save(self, layer: int, weights: Mapping[str, Weight]) -> None:
-        """Keeps a layer's weights, by their names in `checkpoint.parameter_shapes`."""
+        """Keeps a layer's weights, by their names in `parameter_shapes`."""
         leaves = {f"{path}#{i}": leaf for path, weight in weights.items() for i, leaf in enumerate(jax.tree.leaves(weight))}
         partial = self._file(layer).with_suffix(".partial")
         try:

@@ -19,8 +19,9 @@ from checkpoints_tools.quantizers.kept_layers import KeptLayers
 from checkpoints_tools.quantizers.smooth import Smoothing
 from checkpoints_tools.quantizers.stages import LINEAR, Inputs, walk
 from checkpoints_tools.readers import Reader
-from specmq_jax.checkpoint import CheckpointWriter, Formats, parameter_shapes
+from specmq_jax.checkpoint import CheckpointWriter
 from specmq_jax.formats import Weight, dense_values
+from specmq_jax.parameters import Formats, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A decoder layer taken apart at its linear layers, over sequences of calibration text.
 
-A layer's weights are f32 arrays by the names they have in `checkpoint.parameter_shapes` behind layers_<i>/.
+A layer's weights are f32 arrays by the names they have in `parameters.parameter_shapes` behind layers_<i>/.
 """
 
 import functools

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from specmq_jax.checkpoint import Formats, parameter_shapes
 from specmq_jax.config import LlamaConfig
 from specmq_jax.formats import Logical, Quantised
+from specmq_jax.parameters import Formats, parameter_shapes
 
 Shape = tuple[int, ...]
 
@@ -52,7 +52,7 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def read(self, path: str) -> Logical:
-        """The logical weight at a path of `checkpoint.parameter_shapes`."""
+        """The logical weight at a path of `parameter_shapes`."""
 
     @abc.abstractmethod
     def save_tokenizer(self, directory: pathlib.Path) -> None:

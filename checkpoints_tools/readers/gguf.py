@@ -9,9 +9,9 @@ import numpy as np
 from checkpoints_tools.readers import gguf_tokenizer
 from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
 from checkpoints_tools.readers.hf import is_unturned
-from specmq_jax.checkpoint import Formats
 from specmq_jax.config import LlamaConfig
 from specmq_jax.errors import UserError
+from specmq_jax.parameters import Formats
 
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "Q8_0": "fp16", "Q4_0": "fp16", "Q4_1": "fp16"}
 _NAMES = {

@@ -11,9 +11,9 @@ from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
 from checkpoints_tools.readers.safetensors_files import SafetensorsFiles
 from checkpoints_tools.readers.tensor_files import TensorFiles
 from checkpoints_tools.readers.torch_files import TorchFiles, find_torch_files
-from specmq_jax.checkpoint import Formats
 from specmq_jax.config import LlamaConfig, read_json
 from specmq_jax.errors import UserError
+from specmq_jax.parameters import Formats
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",

@@ -14,8 +14,8 @@ from checkpoints_tools.export import export
 from checkpoints_tools.readers import open_source
 from checkpoints_tools.rotate import rotate
 from checkpoints_tools.rotation_file import load_rotation
-from specmq_jax.checkpoint import parameter_shapes
 from specmq_jax.formats import dense_values
+from specmq_jax.parameters import parameter_shapes
 
 TIED = TINY | {"tie_word_embeddings": True}
 

@@ -12,9 +12,10 @@ from fakes import DATA
 import specmq_jax as sm
 from checkpoints_tools.convert import convert
 from specmq_jax import checkpoint
-from specmq_jax.checkpoint import CheckpointWriter, Formats, parameter_shapes
+from specmq_jax.checkpoint import CheckpointWriter
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.parameters import Formats, parameter_shapes
 
 SOURCE = DATA / "checkpoints" / "fp16"
 FORMATS = {"linear": "w4a16-g64", "head": "bf16", "embed": "fp16"}

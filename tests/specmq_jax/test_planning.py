@@ -20,13 +20,14 @@ from specmq_jax import checkpoint, model, planning
 from specmq_jax.drafters.vocabulary import cut_vocabulary
 from specmq_jax.head import outline_head
 from specmq_jax.memory import Plan, tree_bytes
+from specmq_jax.parameters import Formats
 
 FP16 = DATA / "checkpoints" / "fp16"
 EAGLE = DATA / "eagle"
 LLAMA3 = dict(vocab_size=128256, num_kv_heads=8, head_dim=128)
 LLAMA3_8B = sm.LlamaConfig(**LLAMA3, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32)
 LLAMA3_70B = sm.LlamaConfig(**LLAMA3, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64)
-W4A16 = checkpoint.Formats.named({"linear": "w4a16", "head": "fp16", "embed": "fp16"})
+W4A16 = Formats.named({"linear": "w4a16", "head": "fp16", "embed": "fp16"})
 
 
 class Device:
@@ -161,7 +162,7 @@ def test_70b_with_an_8b_draft_model_its_head_and_16k_of_context_takes_less_than_
 @pytest.mark.parametrize("precision", ["w4a16", "fp16"])
 def test_8b_takes_at_most_the_promised_memory_beside_weights_and_caches(monkeypatch, precision, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    held = checkpoint.Formats.named({"linear": precision, "head": "fp16", "embed": "fp16"})
+    held = Formats.named({"linear": precision, "head": "fp16", "embed": "fp16"})
     plan = planning.plan(model.Outline.of(LLAMA3_8B, held), [sm.NoDrafter()], sm.DecodeConfig(max_len=4096))
     assert plan.total < 1.15 * (plan.total - plan.parts["working memory"]) + 1e9
 
@@ -169,7 +170,7 @@ def test_8b_takes_at_most_the_promised_memory_beside_weights_and_caches(monkeypa
 @pytest.mark.parametrize(("head", "timed"), [("fp16", True), ("w8a16", False), ("w8a8", False), ("w4a16", False)])
 def test_only_a_dense_lm_head_takes_its_size_again_to_be_timed(monkeypatch, head, timed):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    held = checkpoint.Formats.named({"linear": "w4a16", "head": head, "embed": "fp16"})
+    held = Formats.named({"linear": "w4a16", "head": head, "embed": "fp16"})
     config = sm.DecodeConfig(max_len=4096, prefill_chunks=(128,))
     working = planning.working_bytes(model.Outline.of(LLAMA3_8B, held), sm.NoDrafter(), config)
     assert (working > 2 * 4096 * 128256) == timed
@@ -182,7 +183,7 @@ def test_only_a_dense_lm_head_takes_its_size_again_to_be_timed(monkeypatch, head
 def test_a_passs_scratch_is_about_what_the_compiler_asks_for_on_a_cpu(monkeypatch, sizes, rows):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     config = tiny_config(num_layers=2, **sizes)
-    held = checkpoint.Formats.named({part: "fp32" for part in ("linear", "head", "embed")})
+    held = Formats.named({part: "fp32" for part in ("linear", "head", "embed")})
     target = model.Outline.of(config, held)
     cache = jax.eval_shape(lambda: target.new_cache(512))
     with jax.default_device(jax.devices("cpu")[0]):
