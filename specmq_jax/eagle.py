@@ -67,15 +67,15 @@ class EagleHead(nn.Module):
         if config.bias:
             self.fc_bias = self.param("fc_bias", nn.initializers.zeros_init(), (layer.hidden_size,), jnp.float32)
         self.attention = Attention(layer, self.format)
-        self.mlp_norm = AddNorm(layer.rms_norm_eps, self.format.dtype)
+        self.mlp_norm = AddNorm(layer.rms_norm_eps, self.format)
         self.mlp = Mlp(layer.intermediate_size, self.format)
         self.layers = [Layer(layer, self.format) for _ in range(layer.num_layers - 1)]
         if config.rotated:
             self.rotation = Linear(config.feature_size, self.format)
         if config.version == 3:
-            self.embed_norm = AddNorm(layer.rms_norm_eps, self.format.dtype)
-            self.state_norm = AddNorm(layer.rms_norm_eps, self.format.dtype)
-            self.norm = AddNorm(layer.rms_norm_eps, self.format.dtype)
+            self.embed_norm = AddNorm(layer.rms_norm_eps, self.format)
+            self.state_norm = AddNorm(layer.rms_norm_eps, self.format)
+            self.norm = AddNorm(layer.rms_norm_eps, self.format)
         if config.tied_head:
             self.output_table = Embedding(layer.vocab_size, layer.hidden_size, self.embed_format)
         else:

@@ -73,19 +73,19 @@ class Rows:
 
 
 class Linear(nn.Module):
-    """x @ w, without bias; `reproducible` as in `WeightFormat.matmul`."""
+    """x @ w, without bias; `peaks` and `reproducible` as in `WeightFormat.matmul`."""
 
     features: int
     format: WeightFormat
     reproducible: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M K"]) -> Float[Array, "S M N"]:
+    def __call__(self, x: Float[Array, "M K"], peaks: Float[Array, "M C"] | None = None) -> Float[Array, "S M N"]:
         # Flax would trace `init`, quantiser and all, at every use to compare shapes; the formats check those themselves.
         present = self.has_variable("params", "w")
         weight = (self.get_variable("params", "w") if present else
                   self.param("w", self.format.init, (x.shape[-1], self.features)))
-        return self.format.matmul(x, weight, reproducible=self.reproducible)
+        return self.format.matmul(x, weight, peaks=peaks, reproducible=self.reproducible)
 
 
 @flax.struct.dataclass
@@ -95,17 +95,22 @@ class Normed:
     Attributes:
       values: float[M, D].
       row_scale: the factor, None where it is applied.
+      peaks: f32[M, C], the largest magnitudes in C parts of each row of `values`, None where they are not known.
     """
 
     values: Float[Array, "M D"]
     row_scale: RowScale | None = None
+    peaks: Float[Array, "M C"] | None = None
 
 
 class AddNorm(nn.Module):
-    """Adds a sub-block's output to the residual stream (f32) and normalises it (true RMSNorm)."""
+    """Adds a sub-block's output to the residual stream (f32) and normalises it (true RMSNorm).
+
+    `format` is of the weights that multiply what comes out.
+    """
 
     eps: float
-    dtype: jnp.dtype
+    format: WeightFormat
     reproducible: bool = False
 
     @nn.compact
@@ -114,12 +119,13 @@ class AddNorm(nn.Module):
         """The sum and its normalised form, whose factor is left to the reader where `deferred` allows it."""
         scale = self.param("scale", nn.initializers.ones_init(), residual.shape[-1:], jnp.float32)
         if not deferred:
-            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps, out_dtype=self.dtype,
-                                                         reproducible=self.reproducible)
+            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps,
+                                                         out_dtype=self.format.dtype, reproducible=self.reproducible)
             return residual, Normed(values)
-        residual, values, row_scale = norm_kernels.add_rms_norm_deferred(
-            residual, update, scale, eps=self.eps, out_dtype=self.dtype, reproducible=self.reproducible)
-        return residual, Normed(values, row_scale)
+        residual, values, row_scale, peaks = norm_kernels.add_rms_norm_deferred(
+            residual, update, scale, eps=self.eps, out_dtype=self.format.dtype,
+            with_peaks=self.format.activation_bits == 8, reproducible=self.reproducible)
+        return residual, Normed(values, row_scale, peaks)
 
 
 class Attention(nn.Module):
@@ -133,7 +139,7 @@ class Attention(nn.Module):
     def __call__(self, x: Normed, rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]) -> tuple[
             Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
         config = self.config
-        qkv = Linear(config.qkv_features, self.format, self.reproducible, name="qkv")(x.values)
+        qkv = Linear(config.qkv_features, self.format, self.reproducible, name="qkv")(x.values, x.peaks)
         query, keys, values = rope_kernels.rope_append(
             qkv, rows.cos, rows.sin, keys, values, rows.start, heads=config.num_heads, kv_heads=config.num_kv_heads,
             head_dim=config.head_dim, row_scale=x.row_scale)
@@ -156,9 +162,13 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Normed) -> Float[Array, "S M D"]:
-        gate_up = Linear(2 * self.intermediate_size, self.format, self.reproducible, name="gate_up")(x.values)
-        hidden = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale)
-        return Linear(x.values.shape[-1], self.format, self.reproducible, name="down")(hidden)
+        gate_up = Linear(2 * self.intermediate_size, self.format, self.reproducible, name="gate_up")(
+            x.values, x.peaks)
+        if self.format.activation_bits == 8:
+            hidden, peaks = mlp_kernels.silu_mul_peaks(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale)
+        else:
+            hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale), None
+        return Linear(x.values.shape[-1], self.format, self.reproducible, name="down")(hidden, peaks)
 
 
 class Layer(nn.Module):
@@ -172,11 +182,11 @@ class Layer(nn.Module):
     def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows,
                  keys: Float[Array, "L H d"], values: Float[Array, "L H d"]):
         """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
-        eps, dtype = self.config.rms_norm_eps, self.format.dtype
-        entering, x = AddNorm(eps, dtype, self.reproducible, name="attention_norm")(residual, update, deferred=True)
+        eps = self.config.rms_norm_eps
+        entering, x = AddNorm(eps, self.format, self.reproducible, name="attention_norm")(residual, update, deferred=True)
         attention = Attention(self.config, self.format, self.reproducible, name="attention")
         update, keys, values = attention(x, rows, keys, values)
-        residual, x = AddNorm(eps, dtype, self.reproducible, name="mlp_norm")(entering, update, deferred=True)
+        residual, x = AddNorm(eps, self.format, self.reproducible, name="mlp_norm")(entering, update, deferred=True)
         update = Mlp(self.config.intermediate_size, self.format, self.reproducible, name="mlp")(x)
         return entering, residual, update, keys, values
 

@@ -35,7 +35,7 @@ class Llama(nn.Module):
         config = self.config
         self.embed = Embedding(config.vocab_size, config.hidden_size, self.embed_format, self.reproducible)
         self.layers = [Layer(config, self.format, self.reproducible) for _ in range(config.num_layers)]
-        self.norm = AddNorm(config.rms_norm_eps, self.format.dtype, self.reproducible)
+        self.norm = AddNorm(config.rms_norm_eps, self.format, self.reproducible)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.vocab_size, self.head_format, self.reproducible)
 

@@ -4,16 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import launch
+from pallas_kernels.mlp import kernel
 from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.partials import add_up
+
+MOST_PEAKED_ROWS = 64
 
 
 def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale: RowScale | None = None
              ) -> Float[Array, "M I"]:
     """silu(gate) * up of SwiGLU (arXiv:2002.05202), with gate in columns [0, I) and up in [I, 2I).
 
-    There is no Pallas form: every operation is elementwise over slices of one array, which XLA already turns into a
-    single launch that reads each partial sum once.
+    It has no Pallas form: every operation is elementwise over slices of one array, which XLA already turns into a single
+    launch that reads each partial sum once.
 
     Args:
       gate_up: [S, M, 2I] partial sums, added in f32 in order of S.
@@ -26,11 +30,37 @@ def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale
     Raises:
       ValueError: not three axes, no partial sum, or an odd last axis.
     """
-    if gate_up.ndim != 3 or gate_up.shape[0] < 1 or gate_up.shape[2] % 2:
-        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; expected [S, M, 2 * intermediate]")
+    _check(gate_up)
     inner = gate_up.shape[2] // 2
     gate, up = add_up(gate_up[:, :, :inner]), add_up(gate_up[:, :, inner:])
     if row_scale is not None:
         scale = row_scale.values[:, None]
         gate, up = gate * scale, up * scale
     return (jax.nn.silu(gate) * up).astype(out_dtype)
+
+
+def silu_mul_peaks(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale: RowScale | None = None,
+                   implementation: str | None = None) -> tuple[Float[Array, "M I"], Float[Array, "M C"] | None]:
+    """`silu_mul` and what `w8a8.quantise_rows` asks for: the largest magnitudes in C parts of each row.
+
+    Args:
+      gate_up, out_dtype, row_scale: as in `silu_mul`.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own.
+
+    Returns:
+      out_dtype[M, I] and f32[M, C], of these values; None instead in the reference, and for more than `MOST_PEAKED_ROWS`,
+      whose rounding fills a GPU with a program a row.
+
+    Raises:
+      ValueError: as `silu_mul`, or an unknown implementation.
+    """
+    _check(gate_up)
+    chosen = launch.choose(implementation)
+    if chosen == "reference" or gate_up.shape[1] > MOST_PEAKED_ROWS:
+        return silu_mul(gate_up, out_dtype=out_dtype, row_scale=row_scale), None
+    return kernel.silu_mul(gate_up, row_scale, out_dtype=jnp.dtype(out_dtype), interpret=chosen == "interpret")
+
+
+def _check(gate_up: Array) -> None:
+    if gate_up.ndim != 3 or gate_up.shape[0] < 1 or gate_up.shape[2] % 2:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; expected [S, M, 2 * intermediate]")

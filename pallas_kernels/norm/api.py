@@ -46,20 +46,23 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
 
 
 def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None,
-                          weight: Float[Array, "D"], *, eps: float, out_dtype: jnp.dtype, reproducible: bool = False,
-                          implementation: str | None = None
-                          ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], RowScale | None]:
+                          weight: Float[Array, "D"], *, eps: float, out_dtype: jnp.dtype, with_peaks: bool = False,
+                          reproducible: bool = False, implementation: str | None = None
+                          ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], RowScale | None, Float[Array, "M C"] | None]:
     """`add_rms_norm` that leaves each row's factor to the readers of a linear function of it.
 
     A row's statistic needs the whole row, which one program would read alone while the GPU waits. Without it every
     chunk of a row has a program of its own; the readers of (x * weight) @ w multiply by the factor.
 
-    Args: as in `add_rms_norm`.
+    Args:
+      with_peaks: also finds what `w8a8.quantise_rows` asks for.
+      residual, partials, weight, eps, out_dtype, reproducible, implementation: as in `add_rms_norm`.
 
     Returns:
       The summed residual, f32[M, D]; out_dtype[M, D] and the factor that makes it the normalised rows, None where they
       are normalised already: in the reference, and for more than `MOST_DEFERRED_ROWS`, which fill a GPU as they are.
-      Values beyond out_dtype's range, which a factor of a later launch can't bring back, end at its largest.
+      Values beyond out_dtype's range, which a factor of a later launch can't bring back, end at its largest. Last the
+      largest magnitudes of each chunk of these values, f32[M, C]; None where there is no factor, or they aren't wanted.
 
     Raises:
       ValueError: as in `add_rms_norm`.
@@ -69,11 +72,11 @@ def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, 
     rows, columns = residual.shape
     if chosen == "reference" or rows > MOST_DEFERRED_ROWS:
         return *add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, reproducible=reproducible,
-                             implementation=chosen), None
-    total, scaled, squares = kernel.add_scale(
+                             implementation=chosen), None, None
+    total, scaled, squares, *peaks = kernel.add_scale(
         residual, partials, weight, out_dtype=jnp.dtype(out_dtype), chunk=min(_CHUNK, launch.power_of_two(columns)),
-        interpret=chosen == "interpret")
-    return total, scaled, RowScale(squares, columns, eps)
+        with_peaks=with_peaks, interpret=chosen == "interpret")
+    return total, scaled, RowScale(squares, columns, eps), peaks[0] if with_peaks else None
 
 
 def _check(residual: Array, partials: Array | None, weight: Array) -> None:

@@ -63,8 +63,9 @@ def add_rms_norm(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] 
                    jax.ShapeDtypeStruct(residual.shape, out_dtype))))
 
 
-def _scale_body(*refs, chunk: int, splits: int):
-    residual_ref, *inputs, weight_ref, out_ref, scaled_ref, squares_ref = refs
+def _scale_body(*refs, chunk: int, splits: int, with_peaks: bool):
+    outputs = 4 if with_peaks else 3
+    (residual_ref, *inputs, weight_ref), (out_ref, scaled_ref, squares_ref, *peaks_refs) = refs[:-outputs], refs[-outputs:]
     row, part = pl.program_id(0), pl.program_id(1)
     columns = residual_ref.shape[1]
     lanes = part * chunk + jnp.arange(chunk)
@@ -77,23 +78,26 @@ def _scale_body(*refs, chunk: int, splits: int):
     for each in parts:
         total += each.astype(jnp.float32)
     largest = float(jnp.finfo(scaled_ref.dtype).max)
-    scaled = jnp.minimum(jnp.maximum(total * weight, -largest), largest)
+    scaled = jnp.minimum(jnp.maximum(total * weight, -largest), largest).astype(scaled_ref.dtype)
     plgpu.store(out_ref.at[row, lanes], total, mask=mask)
-    plgpu.store(scaled_ref.at[row, lanes], scaled.astype(scaled_ref.dtype), mask=mask)
+    plgpu.store(scaled_ref.at[row, lanes], scaled, mask=mask)
     plgpu.store(squares_ref.at[row, part], jnp.sum(total * total))
+    for peaks_ref in peaks_refs:
+        plgpu.store(peaks_ref.at[row, part], jnp.max(jnp.abs(scaled.astype(jnp.float32))))
 
 
-@functools.partial(jax.jit, static_argnames=("out_dtype", "chunk", "interpret"))
+@functools.partial(jax.jit, static_argnames=("out_dtype", "chunk", "with_peaks", "interpret"))
 def add_scale(residual: Float[Array, "M D"], partials: Float[Array, "S M D"] | None, weight: Float[Array, "D"], *,
-              out_dtype: jnp.dtype, chunk: int, interpret: bool
-              ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], Float[Array, "M C"]]:
-    """The summed residual, that times the weight, and the sum of squares of each chunk of `chunk` columns."""
+              out_dtype: jnp.dtype, chunk: int, with_peaks: bool, interpret: bool) -> tuple[Array, ...]:
+    """The summed residual f32[M, D], that times the weight, out_dtype[M, D], and of each chunk of `chunk` columns the sum of
+    the first one's squares, f32[M, C], and with `with_peaks` the second one's largest magnitude, f32[M, C]."""
     rows, columns = residual.shape
     splits = 0 if partials is None else partials.shape[0]
     summands = () if partials is None else (partials.reshape(-1, columns),)
     chunks = pl.cdiv(columns, chunk)
+    of_chunks = jax.ShapeDtypeStruct((rows, chunks), jnp.float32)
     return tuple(launch.call(
-        functools.partial(_scale_body, chunk=chunk, splits=splits), (residual, *summands, weight), grid=(rows, chunks),
-        num_warps=max(1, chunk // 128), num_stages=1, interpret=interpret, name="add_scale",
+        functools.partial(_scale_body, chunk=chunk, splits=splits, with_peaks=with_peaks), (residual, *summands, weight),
+        grid=(rows, chunks), num_warps=max(1, chunk // 128), num_stages=1, interpret=interpret, name="add_scale",
         out_shape=(jax.ShapeDtypeStruct(residual.shape, jnp.float32), jax.ShapeDtypeStruct(residual.shape, out_dtype),
-                   jax.ShapeDtypeStruct((rows, chunks), jnp.float32))))
+                   of_chunks) + (of_chunks,) * with_peaks))

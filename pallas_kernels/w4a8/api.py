@@ -10,7 +10,7 @@ from pallas_kernels.w4a8 import expansion, kernel, reference
 from pallas_kernels.w4a8.layout import BLOCK, check_packed
 
 
-def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "1 M"] | None,
+def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                      packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
                      config: kernel.Config | None = None, implementation: str | None = None,
                      reproducible: bool = False) -> Float[Array, "S M N"]:
@@ -20,7 +20,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     is the same for every number of rows up to 128, and so are the bits of a row. `config` is then left out.
 
     Args:
-      q, row_scales, sums: from `w8a8.quantise_rows`; sums of whole rows where there are offsets.
+      q, row_scales, sums: from `w8a8.quantise_rows`; sums over P are of whole rows, where there are offsets.
       packed: uint8[ceil(K / 128), N, 64], from `pack`.
       scales: f32[N].
       offsets: f32[N], or None for 8 * scales.
@@ -34,7 +34,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     Raises:
       ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
     """
-    _check_rows(q, row_scales, sums, 0 if offsets is None else q.shape[1])
+    _check_rows(q, row_scales, sums, None if offsets is None else "P")
     check_packed(packed, q.shape[1])
     for name, vector in (("scales", scales), ("offsets", offsets)):
         _check("float32", name, vector, jnp.float32, packed.shape[1:2])
@@ -72,7 +72,7 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
       ValueError: as `channel_partials`.
     """
     zeros = saturates is None
-    _check_rows(q, row_scales, sums, BLOCK if zeros else 0)
+    _check_rows(q, row_scales, sums, -(-q.shape[-1] // BLOCK) if zeros else None)
     check_packed(packed, q.shape[1])
     _check("int32", "groups", groups, jnp.int32, (-(-q.shape[1] // BLOCK), packed.shape[1]))
     _check("float32", "channel_scales", channel_scales, jnp.float32, packed.shape[1:2])
@@ -110,17 +110,18 @@ def _config(q: Array, packed: Array, scales: str, zeros: bool, reproducible: boo
     return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
 
 
-def _check_rows(q: Array, row_scales: Array, sums: Array | None, summed: int) -> None:
-    """`summed` is how many columns each sum is of, 0 where none are needed."""
+def _check_rows(q: Array, row_scales: Array, sums: Array | None, parts: int | str | None) -> None:
+    """`parts` is how many sums there are of a row, "P" for any number, None where none are needed."""
     if q.ndim != 2 or q.dtype != jnp.int8:
         raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected int8[M, K]")
     _check("float32", "row_scales", row_scales, jnp.float32, q.shape[:1])
-    if not summed:
+    if parts is None:
         return
-    expected = -(-q.shape[1] // summed), q.shape[0]
+    expected = f"int32[{parts}, {q.shape[0]}]"
     if sums is None:
-        raise ValueError(f"sums are missing, which zero points need; expected int32{list(expected)} from quantise_rows")
-    _check("int32", "sums", sums, jnp.int32, expected)
+        raise ValueError(f"sums are missing, which zero points need; expected {expected} from quantise_rows")
+    if sums.dtype != jnp.int32 or sums.ndim != 2 or sums.shape[1] != q.shape[0] or parts not in ("P", sums.shape[0]):
+        raise ValueError(f"sums is {sums.dtype}{list(sums.shape)}; expected {expected}")
 
 
 def _check(kind: str, name: str, array: Array | None, dtype: Any, shape: tuple[int, ...]) -> None:

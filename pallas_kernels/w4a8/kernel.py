@@ -76,8 +76,9 @@ def _channel_body(q_ref, row_scales_ref, packed_ref, scales_ref, *refs, config: 
     product = scaled(total, scales, row_scales)
     if zeros_refs:
         sums_ref, offsets_ref = zeros_refs
+        parts = sum(mine.per_row(sums_ref, part) for part in range(sums_ref.shape[0]))
         # one share answers for all that was centred
-        sums = jnp.where(mine.share == 0, mine.per_row(sums_ref, 0), 0).astype(jnp.float32) * row_scales
+        sums = jnp.where(mine.share == 0, parts, 0).astype(jnp.float32) * row_scales
         product += sums[None, :] * (8 * scales - mine.per_output(offsets_ref))[:, None]
     mine.store(out_ref, product, q_ref.shape[0])
 
@@ -125,7 +126,7 @@ def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
+def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                      packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
                      config: Config, interpret: bool) -> Float[Array, "S M N"]:
     """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""

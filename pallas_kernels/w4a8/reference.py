@@ -7,7 +7,7 @@ from pallas_kernels.w4a8.layout import BLOCK, unpack, unpack_groups
 from pallas_kernels.w8a8 import reference as w8a8
 
 
-def channel_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
+def channel_product(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                     integers: Int8[Array, "N K"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None
                     ) -> Float[Array, "M N"]:
     """See `api.channel_partials`; `integers` as from `channel_integers`."""

@@ -7,31 +7,35 @@ from pallas_kernels import launch, transposed
 from pallas_kernels.w8a8 import kernel, reference, rounding
 
 
-def quantise_rows(x: Float[Array, "M K"], *, sums: int | None = None, implementation: str | None = None
-                  ) -> tuple[Array, ...]:
+def quantise_rows(x: Float[Array, "M K"], *, peaks: Float[Array, "M C"] | None = None, sums: int | None = None,
+                  implementation: str | None = None) -> tuple[Array, ...]:
     """Symmetric 8-bit codes of each row and its scale, its largest magnitude / 127 (Xiao et al., arXiv:2211.10438).
 
     A row times a positive factor has the same codes and that factor in its scale, up to the factor's own rounding.
 
     Args:
       x: f16, bf16 or f32 [M, K]; finite.
+      peaks: f32[M, C], the largest magnitude in each of C parts that make up a row, from whatever wrote x; None looks for it
+        here, which takes a program that reads the whole row.
       sums: to be added, which weights with zero points need: 128 for the codes of every 128 columns, -1 for those of a row.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
       Codes int8[M, K], rounded half to even, and scales f32[M]; a row of zeros has codes and scale zero. With
-      `sums`, a third array i32[ceil(K / 128), M] or i32[1, M].
+      `sums`, a third array: i32[ceil(K / 128), M], or i32[P, M] whose sum over P is a row's.
 
     Raises:
-      ValueError: x of another shape or dtype, other sums, or an unknown implementation.
+      ValueError: x or peaks of another shape or dtype, other sums, or an unknown implementation.
     """
     if x.ndim != 2 or 0 in x.shape or x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float16, bfloat16 or float32 [M, K]")
     if sums not in (None, -1, reference.GROUP):
         raise ValueError(f"sums is {sums}; expected None, -1 or {reference.GROUP}")
+    if peaks is not None and (peaks.ndim != 2 or peaks.shape[0] != x.shape[0] or peaks.dtype != jnp.float32):
+        raise ValueError(f"peaks are {peaks.dtype}{list(peaks.shape)}; expected float32[{x.shape[0]}, C]")
     chosen = launch.choose(implementation)
     if chosen != "reference":
-        return rounding.quantise_rows(x, sums=sums, interpret=chosen == "interpret")
+        return rounding.quantise_rows(x, peaks, sums=sums, interpret=chosen == "interpret")
     codes, scales = reference.quantise_rows(x)
     return (codes, scales) if sums is None else (codes, scales, reference.sums(codes, sums))
 

@@ -1,4 +1,4 @@
-"""Rows rounded to 8 bits, a program each."""
+"""Rows rounded to 8 bits."""
 
 import functools
 
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import launch
 from pallas_kernels.w8a8.reference import GROUP, LARGEST
+
+_CHUNK = 1024  # columns a program, where it need not look for the row's largest itself
 
 
 def _ptx(asm: str, *args: Array) -> Float[Array, "n"]:
@@ -29,32 +31,43 @@ def _quotient(dividend: Array | int, divisor: Array | int, interpret: bool) -> F
     return dividend / divisor if interpret else _ptx("div.rn.f32 $0, $1, $2;", dividend, divisor)
 
 
-def _body(x_ref, codes_ref, scales_ref, *sums_refs, block: int, interpret: bool):
-    row, lanes = pl.program_id(0), jnp.arange(block)
-    mask, only = lanes < x_ref.shape[1], jnp.broadcast_to(pl.program_id(0), (1,))
+def _body(x_ref, *refs, chunk: int, summed: int | None, with_peaks: bool, interpret: bool):
+    peaks_ref, refs = (refs[0], refs[1:]) if with_peaks else (None, refs)
+    codes_ref, scales_ref, *sums_refs = refs
+    part, row = pl.program_id(0), pl.program_id(1)
+    lanes, only = part * chunk + jnp.arange(chunk), jnp.broadcast_to(row, (1,))
+    mask = lanes < x_ref.shape[1]
     values = plgpu.load(x_ref.at[row, lanes], mask=mask, other=0).astype(jnp.float32)
-    largest = jnp.max(jnp.abs(values))
+    magnitudes = jnp.abs(values)
+    if peaks_ref is not None:
+        number = jnp.arange(launch.power_of_two(peaks_ref.shape[1]))
+        magnitudes = plgpu.load(peaks_ref.at[row, number], mask=number < peaks_ref.shape[1], other=0)
+    largest = jnp.max(magnitudes)
     is_zero = largest == 0  # such a row stays one
     steps = jnp.where(is_zero, 0.0, _quotient(LARGEST, jnp.where(is_zero, 1.0, largest), interpret))
     codes = jnp.minimum(jnp.maximum(_rounded(values * steps, interpret), -LARGEST), LARGEST)
     plgpu.store(codes_ref.at[row, lanes], codes.astype(jnp.int8), mask=mask)
-    plgpu.store(scales_ref.at[only], _quotient(largest, LARGEST, interpret))
+    plgpu.store(scales_ref.at[only], _quotient(largest, LARGEST, interpret))  # the same from each program of a row
     for sums_ref in sums_refs:
-        if sums_ref.shape[0] == 1:
-            plgpu.store(sums_ref.at[0, only], jnp.broadcast_to(jnp.sum(codes.astype(jnp.int32)), (1,)))
-            continue
-        group = jnp.arange(block // GROUP)
-        plgpu.store(sums_ref.at[group, jnp.broadcast_to(row, group.shape)],
-                    jnp.sum(codes.astype(jnp.int32).reshape(-1, GROUP), axis=1), mask=group < sums_ref.shape[0])
+        sums = jnp.sum(codes.astype(jnp.int32).reshape(-1, summed), axis=1)
+        group = part * len(sums) + jnp.arange(len(sums))
+        plgpu.store(sums_ref.at[group, jnp.broadcast_to(row, group.shape)], sums, mask=group < sums_ref.shape[0])
 
 
 @functools.partial(jax.jit, static_argnames=("sums", "interpret"))
-def quantise_rows(x: Float[Array, "M K"], *, sums: int | None, interpret: bool) -> tuple[Array, ...]:
-    """See `api.quantise_rows`."""
+def quantise_rows(x: Float[Array, "M K"], peaks: Float[Array, "M C"] | None, *, sums: int | None, interpret: bool
+                  ) -> tuple[Array, ...]:
+    """See `api.quantise_rows`; a program for each `_CHUNK` columns where the peaks are known, else for each row."""
     rows, columns = x.shape
-    block = max(GROUP, launch.power_of_two(columns))
-    shape = () if sums is None else (jax.ShapeDtypeStruct((1 if sums == -1 else pl.cdiv(columns, sums), rows), jnp.int32),)
+    chunk = max(GROUP, launch.power_of_two(columns))
+    if peaks is not None:
+        chunk = min(chunk, _CHUNK)
+    chunks = pl.cdiv(columns, chunk)
+    shape = () if sums is None else (jax.ShapeDtypeStruct((chunks if sums == -1 else pl.cdiv(columns, sums), rows), jnp.int32),)
     return tuple(launch.call(
-        functools.partial(_body, block=block, interpret=interpret), (x,), grid=(rows,),
-        num_warps=min(32, max(1, block // 512)), num_stages=1, interpret=interpret, name="quantise_rows",
+        functools.partial(_body, chunk=chunk, summed=chunk if sums == -1 else sums, with_peaks=peaks is not None,
+                          interpret=interpret),
+        (x,) if peaks is None else (x, peaks), grid=(chunks, rows),
+        num_warps=min(32, max(1, chunk // (512 if peaks is None else 256))), num_stages=1, interpret=interpret,
+        name="quantise_rows",
         out_shape=(jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32), *shape)))

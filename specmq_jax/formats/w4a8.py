@@ -99,11 +99,12 @@ class Int4Int8Format(WeightFormat):
         integers = w4a8.expand(q, *w4a8.unpack_groups(weight.groups, with_zeros=self._zeros))
         return integers.T.astype(jnp.float32) * weight.channel_scales
 
-    def matmul(self, x: Float[Array, "M K"], weight: Any, *, reproducible: bool = False) -> Float[Array, "S M N"]:
+    def matmul(self, x: Float[Array, "M K"], weight: Any, *, peaks: Float[Array, "M C"] | None = None,
+               reproducible: bool = False) -> Float[Array, "S M N"]:
         # QServe's epilogue takes zero points times the activations as they were. Their rounding then meets q, which is of one
         # sign, instead of q less its zero point: a model packed by DeepCompressor erred by 3.9 % of its logits' norm so, and
         # errs by 1.3 % with the sums of the rounded activations.
-        codes, row_scales, *sums = w8a8.quantise_rows(x, sums=self.group_size if self._zeros else None)
+        codes, row_scales, *sums = w8a8.quantise_rows(x, peaks=peaks, sums=self.group_size if self._zeros else None)
         sums = sums[0] if sums else None
         if isinstance(weight, Int4TwoLevel):
             return w4a8.group_partials(codes, row_scales, sums, weight.packed, weight.groups, weight.channel_scales,

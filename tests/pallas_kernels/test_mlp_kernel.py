@@ -1,11 +1,13 @@
 """The gated activation against the formula in f64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import relative_error
+from comparison import IMPLEMENTATIONS, relative_error
+from lowering import cuda_text, launches
 
-from pallas_kernels.mlp import silu_mul
+from pallas_kernels.mlp import silu_mul, silu_mul_peaks
 from pallas_kernels.norm import RowScale
 
 
@@ -30,11 +32,43 @@ def test_gates_the_sum_of_partials(splits, rows, inner):
 @pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128])
 def test_real_sizes_on_gpu(rows, inner):
     check(4, rows, inner)
+    check_peaks(4, rows, inner, "kernel")
 
 
-def test_rejects_an_odd_width():
+def check_peaks(splits: int, rows: int, inner: int, implementation: str) -> None:
+    rng = np.random.default_rng(splits)
+    partials = jnp.asarray(rng.normal(size=(splits, rows, 2 * inner)) * 3, jnp.float32)
+    scale = RowScale(jnp.asarray(rng.uniform(1, 9, (rows, 3)), jnp.float32), 32, 1e-5)
+    for owed in (None, scale):
+        values, peaks = silu_mul_peaks(partials, out_dtype=jnp.float16, row_scale=owed, implementation=implementation)
+        expected = silu_mul(partials, out_dtype=jnp.float16, row_scale=owed)
+        assert values.dtype == jnp.float16
+        assert relative_error(values, np.asarray(expected, np.float64)) < 1e-4
+        assert (peaks is None) == (implementation == "reference" or rows > 64)
+        if peaks is not None:
+            np.testing.assert_array_equal(peaks.max(axis=1), jnp.abs(values).max(axis=1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("splits", "rows", "inner"), [(1, 1, 1536), (4, 7, 50), (2, 65, 32)])
+def test_finds_the_peaks_of_what_it_gates(splits, rows, inner, implementation):
+    check_peaks(splits, rows, inner, implementation)
+
+
+@pytest.mark.parametrize("inner", [1536, 14336, 28672])
+def test_with_peaks_it_is_one_launch(inner):
+    def function(gate_up, squares):
+        return silu_mul_peaks(gate_up, out_dtype=jnp.float16, row_scale=RowScale(squares, 4096, 1e-5),
+                              implementation="kernel")
+
+    avals = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 30, 2 * inner), (30, 8))]
+    assert launches(cuda_text(function, *avals)) == 1
+
+
+@pytest.mark.parametrize("function", [silu_mul, silu_mul_peaks])
+def test_rejects_an_odd_width(function):
     with pytest.raises(ValueError, match=r"gate_up has shape \[1, 2, 7\]"):
-        silu_mul(jnp.zeros((1, 2, 7)), out_dtype=jnp.float16)
+        function(jnp.zeros((1, 2, 7)), out_dtype=jnp.float16)
 
 
 def test_applies_the_factor_that_a_deferred_norm_owes():

@@ -39,12 +39,16 @@ def test_adds_partials_and_normalises(rows, columns, splits, implementation):
 
 def check_deferred(rows: int, columns: int, splits: int, implementation: str) -> None:
     arrays, total, normed = problem(rows, columns, splits)
-    out, values, scale = add_rms_norm_deferred(*arrays, eps=EPS, out_dtype=jnp.float16, implementation=implementation)
+    out, values, scale, peaks = add_rms_norm_deferred(*arrays, eps=EPS, out_dtype=jnp.float16, with_peaks=True,
+                                                      implementation=implementation)
     assert (out.dtype, values.dtype) == (jnp.float32, jnp.float16)
     assert relative_error(out, total) < 1e-6
     assert (scale is None) == (implementation == "reference" or rows > 64)
     factor = 1 if scale is None else scale.values[:, None]
     assert relative_error(values.astype(jnp.float32) * factor, normed) < 5e-4
+    assert (peaks is None) == (scale is None)
+    if peaks is not None:
+        np.testing.assert_array_equal(peaks.max(axis=1), jnp.abs(values).max(axis=1))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -55,8 +59,8 @@ def test_a_deferred_factor_makes_the_normalised_rows(rows, columns, splits, impl
 
 def test_a_deferred_norm_ends_at_the_largest_value():
     huge = jnp.full((1, 64), 7e4)
-    _, values, scale = add_rms_norm_deferred(huge, None, jnp.ones(64), eps=EPS, out_dtype=jnp.float16,
-                                             implementation="interpret")
+    _, values, scale, _ = add_rms_norm_deferred(huge, None, jnp.ones(64), eps=EPS, out_dtype=jnp.float16,
+                                                implementation="interpret")
     np.testing.assert_allclose(values.astype(jnp.float32) * scale.values, jnp.full((1, 64), 65504 / 7e4), rtol=1e-5)
 
 
@@ -82,7 +86,12 @@ def test_is_one_launch(columns, splits):
         partials, weight = rest if splits else (None, *rest)
         return add_rms_norm_deferred(residual, partials, weight, eps=EPS, out_dtype=jnp.float16, implementation="kernel")
 
-    for each in (function, deferred):
+    def peaked(residual, *rest):
+        partials, weight = rest if splits else (None, *rest)
+        return add_rms_norm_deferred(residual, partials, weight, eps=EPS, out_dtype=jnp.float16, with_peaks=True,
+                                     implementation="kernel")
+
+    for each in (function, deferred, peaked):
         assert launches(cuda_text(each, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))) == 1
 
 

@@ -87,6 +87,14 @@ def test_shares_add_up_to_the_product(kind, config):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_rows_sum_may_come_in_parts(implementation):
+    function, (codes, row_scales, sums), weight, _ = problem("channel-zeros", 5, 1000, 48)
+    whole = function(codes, row_scales, sums, *weight, implementation=implementation)
+    parts = jnp.concatenate([sums - 1000, jnp.full((2, 5), 500, jnp.int32)])
+    np.testing.assert_array_equal(function(codes, row_scales, parts, *weight, implementation=implementation), whole)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("columns", [130, 256, 1000])
 def test_sums_are_those_of_the_codes(columns, implementation):
     x = jnp.asarray(np.random.default_rng(columns).normal(size=(3, columns)), jnp.float16)
@@ -200,7 +208,7 @@ def test_names_the_offending_array():
         channel_partials(codes, row_scales, sums, packed[:1], scales, offsets)
     with pytest.raises(ValueError, match=r"scales is float32\[15\]; expected float32\[16\]"):
         channel_partials(codes, row_scales, sums, packed, scales[:15], offsets)
-    with pytest.raises(ValueError, match=r"sums are missing, which zero points need; expected int32\[1, 2\]"):
+    with pytest.raises(ValueError, match=r"sums are missing, which zero points need; expected int32\[P, 2\]"):
         channel_partials(codes, row_scales, None, packed, scales, offsets)
     with pytest.raises(ValueError, match=r"sums is int32\[1, 2\]; expected int32\[2, 2\]"):
         group_partials(codes, row_scales, sums, packed, jnp.ones((2, 16), jnp.int32), scales, None)

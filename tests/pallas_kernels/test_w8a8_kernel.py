@@ -1,5 +1,7 @@
 """Rows rounded to 8 bits, and their products with 8-bit weights, against numpy's integers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,26 @@ def test_rows_are_rounded_half_to_even(dtype, implementation):
     np.testing.assert_allclose(scales, wanted_scales, rtol=1e-7)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sums", [None, -1, 128])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 100), (3, 1500), (2, 4096)])
+def test_known_peaks_change_nothing(rows, columns, sums, implementation):
+    check_known_peaks(rows, columns, sums, implementation)
+
+
+def check_known_peaks(rows: int, columns: int, sums: int | None, implementation: str) -> None:
+    x = np.random.default_rng(columns).normal(size=(rows, columns)).astype(np.float16)
+    x[-1] *= rows == 1  # a row of zeros, where there are others
+    peaks = jnp.stack([jnp.abs(part).max(axis=1) for part in jnp.array_split(jnp.asarray(x, jnp.float32), 3, axis=1)], axis=1)
+    known = quantise_rows(jnp.asarray(x), peaks=peaks, sums=sums, implementation=implementation)
+    wanted = quantise_rows(jnp.asarray(x), sums=sums, implementation=implementation)
+    for found, expected in zip(known[:2], wanted[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    if sums is not None:
+        found, expected = known[2], wanted[2]
+        np.testing.assert_array_equal(found.sum(0) if sums == -1 else found, expected.sum(0) if sums == -1 else expected)
+
+
 def rounded(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """By numpy, whose division rounds as IEEE 754 says; XLA's on a GPU may err in the last bit."""
     values = np.asarray(x, np.float32)
@@ -70,6 +92,10 @@ def test_each_lowers_to_one_launch(inner, outputs):
     assert launches(cuda_text(lambda *operands: matmul_partials(*operands, implementation="kernel"), *avals)) == 1
     x = jax.ShapeDtypeStruct((30, inner), jnp.float16)
     assert launches(cuda_text(lambda x: quantise_rows(x, implementation="kernel"), x)) == 1
+    peaks = jax.ShapeDtypeStruct((30, 5), jnp.float32)
+    for sums in (None, -1, 128):
+        rounding = functools.partial(quantise_rows, sums=sums, implementation="kernel")
+        assert launches(cuda_text(lambda x, peaks, rounding=rounding: rounding(x, peaks=peaks), x, peaks)) == 1
 
 
 @pytest.mark.gpu
@@ -83,6 +109,8 @@ def test_real_sizes_on_gpu(rows, inner, outputs):
     x = jax.random.normal(jax.random.key(rows), (rows, inner), jnp.float16)
     for found, wanted in zip(quantise_rows(x, implementation="kernel"), rounded(x), strict=True):
         np.testing.assert_array_equal(found, wanted)
+    for sums in (None, -1, 128):
+        check_known_peaks(rows, inner, sums, "kernel")
 
 
 def test_names_the_offending_array():
@@ -95,6 +123,8 @@ def test_names_the_offending_array():
         matmul_partials(q, row_scales[:1], values, scales)
     with pytest.raises(ValueError, match=r"x is int8\[2, 64\]; expected float16"):
         quantise_rows(q)
+    with pytest.raises(ValueError, match=r"peaks are float32\[3, 1\]; expected float32\[2, C\]"):
+        quantise_rows(jnp.zeros((2, 64)), peaks=jnp.zeros((3, 1)))
 
 
 @pytest.mark.parametrize("fields", [{"block_n": 24}, {"block_k": 16}, {"split_k": 0}])
