@@ -155,7 +155,7 @@ def integer_product(rows: int, inner: int, columns: int, kind: str, *, result: s
         return *rows_and_sums, packed, words, scales
 
     def run(config, implementation, codes, row_scales, sums, weights, *others):
-        options = {"config": config, "implementation": implementation}
+        options = {"halves": True, "config": config, "implementation": implementation}
         if bits == 8:
             partials = w8a8.matmul_partials(codes, row_scales, weights, *others, **options)
         elif grouped:
@@ -168,7 +168,7 @@ def integer_product(rows: int, inner: int, columns: int, kind: str, *, result: s
 
     cold_bytes = columns * (inner * bits // 8 + 4 + grouped * groups * 4)
     return Case(label=f"{inner} -> {columns} {kind}", rows=rows, make=make, run=run, cold=(3, 4),
-                traffic=cold_bytes + rows * (inner + 4 * columns), cold_bytes=cold_bytes)
+                traffic=cold_bytes + rows * (inner + 2 * columns), cold_bytes=cold_bytes)
 
 
 def weight_only_product(rows: int, inner: int, columns: int, *, result: str) -> Case:

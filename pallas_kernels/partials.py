@@ -1,7 +1,23 @@
-"""Partial sums [S, M, N], which a split product leaves to the kernel that reads them."""
+"""Partial sums [S, M, N], which a split product leaves to the kernel that reads them.
+
+In f16 they are half the bytes that a launch writes and the next one reads, for a rounding like that of every activation.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def sums_dtype(halves: bool) -> jnp.dtype:
+    """f16 for halves, else f32."""
+    return jnp.dtype(jnp.float16 if halves else jnp.float32)
+
+
+def held(values: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Rounded to `dtype`; what lies beyond its range ends at its largest value."""
+    if dtype == values.dtype:
+        return values
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.minimum(jnp.maximum(values, -largest), largest).astype(dtype)
 
 
 def add_up(partials: Float[Array, "S M N"]) -> Float[Array, "M N"]:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
+from pallas_kernels.partials import held
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 BLOCK_ROWS = 64
@@ -142,8 +143,8 @@ class Cut:
         return _load_vector(ref, leading, self.row, self.row_mask)
 
     def store(self, out_ref: Any, values: Float[Array, "n m"], rows: int) -> None:
-        """Writes the share's partial product, transposed back."""
-        plgpu.store(out_ref.at[(self.share * rows + self.row)[None, :], self.output[:, None]], values,
+        """Writes the share's partial product, transposed back, in out_ref's dtype."""
+        plgpu.store(out_ref.at[(self.share * rows + self.row)[None, :], self.output[:, None]], held(values, out_ref.dtype),
                     mask=both(self.output_mask, self.row_mask))
 
 

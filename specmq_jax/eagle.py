@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.partials import add_up
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig
 from specmq_jax.formats import DenseFormat, WeightFormat
@@ -103,7 +104,7 @@ class EagleHead(nn.Module):
         update = self.mlp(x)
         for i, layer in enumerate(self.layers, start=1):
             _, residual, update, keys[i], values[i] = layer(residual, update, rows, keys[i], values[i])
-        return residual + update.sum(0), cache.replace(keys=tuple(keys), values=tuple(values))
+        return residual + add_up(update), cache.replace(keys=tuple(keys), values=tuple(values))
 
     def logits(self, features: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """f32 scores over the head's vocabulary."""

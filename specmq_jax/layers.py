@@ -1,9 +1,10 @@
 """The parts of a decoder layer, as Flax modules that never mention a precision.
 
-Linear layers return f32 partial sums [S, M, N]; the kernel that reads them adds them up, so a split product costs no
+Linear layers return partial sums [S, M, N]; the kernel that reads them adds them up in f32, so a split product costs no
 launch of its own.
 """
 
+import functools
 from typing import Self
 
 import flax.linen as nn
@@ -73,11 +74,12 @@ class Rows:
 
 
 class Linear(nn.Module):
-    """x @ w, without bias; `peaks` and `reproducible` as in `WeightFormat.matmul`."""
+    """x @ w, without bias; `peaks`, `halves` and `reproducible` as in `WeightFormat.matmul`."""
 
     features: int
     format: WeightFormat
     reproducible: bool = False
+    halves: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "M K"], peaks: Float[Array, "M C"] | None = None) -> Float[Array, "S M N"]:
@@ -85,7 +87,7 @@ class Linear(nn.Module):
         present = self.has_variable("params", "w")
         weight = (self.get_variable("params", "w") if present else
                   self.param("w", self.format.init, (x.shape[-1], self.features)))
-        return self.format.matmul(x, weight, peaks=peaks, reproducible=self.reproducible)
+        return self.format.matmul(x, weight, peaks=peaks, halves=self.halves, reproducible=self.reproducible)
 
 
 @flax.struct.dataclass
@@ -139,7 +141,8 @@ class Attention(nn.Module):
     def __call__(self, x: Normed, rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]) -> tuple[
             Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
         config = self.config
-        qkv = Linear(config.qkv_features, self.format, self.reproducible, name="qkv")(x.values, x.peaks)
+        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
+        qkv = linear(config.qkv_features, name="qkv")(x.values, x.peaks)
         query, keys, values = rope_kernels.rope_append(
             qkv, rows.cos, rows.sin, keys, values, rows.start, heads=config.num_heads, kv_heads=config.num_kv_heads,
             head_dim=config.head_dim, row_scale=x.row_scale)
@@ -150,7 +153,7 @@ class Attention(nn.Module):
         else:
             mixed = attention_kernels.tree_attention(query, keys, values, rows.committed, rows.mask_words, tail=rows.tail)
         mixed = mixed.reshape(len(x.values), config.num_heads * config.head_dim)
-        return Linear(config.hidden_size, self.format, self.reproducible, name="o")(mixed), keys, values
+        return linear(config.hidden_size, name="o")(mixed), keys, values
 
 
 class Mlp(nn.Module):
@@ -162,13 +165,13 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Normed) -> Float[Array, "S M D"]:
-        gate_up = Linear(2 * self.intermediate_size, self.format, self.reproducible, name="gate_up")(
-            x.values, x.peaks)
+        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
+        gate_up = linear(2 * self.intermediate_size, name="gate_up")(x.values, x.peaks)
         if self.format.activation_bits == 8:
             hidden, peaks = mlp_kernels.silu_mul_peaks(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale)
         else:
             hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale), None
-        return Linear(x.values.shape[-1], self.format, self.reproducible, name="down")(hidden, peaks)
+        return linear(x.values.shape[-1], name="down")(hidden, peaks)
 
 
 class Layer(nn.Module):

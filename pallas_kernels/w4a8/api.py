@@ -6,14 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import launch, transposed
+from pallas_kernels.partials import held, sums_dtype
 from pallas_kernels.w4a8 import expansion, kernel, reference
 from pallas_kernels.w4a8.layout import BLOCK, check_packed
 
 
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                      packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
-                     config: kernel.Config | None = None, implementation: str | None = None,
-                     reproducible: bool = False) -> Float[Array, "S M N"]:
+                     halves: bool = False, config: kernel.Config | None = None,
+                     implementation: str | None = None, reproducible: bool = False) -> Float[Array, "S M N"]:
     """q @ w^T times both scales with w = code * scale - offset, as split-K partial products.
 
     A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
@@ -24,12 +25,13 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
       packed: uint8[ceil(K / 128), N, 64], from `pack`.
       scales: f32[N].
       offsets: f32[N], or None for 8 * scales.
+      halves: gives the sums in f16, held to its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128 rows; for
         more, another one makes integers of the codes, and XLA multiplies them.
 
     Returns:
-      f32[S, M, N].
+      f32[S, M, N], f16 where `halves`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
@@ -41,16 +43,17 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > kernel.MAX_ROWS:
         integers = _integers(packed, None, q.shape[1], offsets is not None, chosen)
-        return reference.channel_product(q, row_scales, sums, integers, scales, offsets)[None]
+        return held(reference.channel_product(q, row_scales, sums, integers, scales, offsets), sums_dtype(halves))[None]
     config = config or _config(q, packed, "channel", offsets is not None, reproducible)
     return kernel.channel_partials(q, row_scales, sums if offsets is not None else None, packed, scales, offsets,
-                                   config=config, interpret=chosen == "interpret")
+                                   halves=halves, config=config, interpret=chosen == "interpret")
 
 
 def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
                    packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
-                   saturates: Int32[Array, "1"] | None, *, config: kernel.Config | None = None,
-                   implementation: str | None = None, reproducible: bool = False) -> Float[Array, "S M N"]:
+                   saturates: Int32[Array, "1"] | None, *, halves: bool = False,
+                   config: kernel.Config | None = None, implementation: str | None = None, reproducible: bool = False
+                   ) -> Float[Array, "S M N"]:
     """The same with w = w8 * channel_scale, where groups of 128 codes stand for 8-bit integers w8.
 
     With scales alone, w8 = (code - 8) * scale, rounded half to even and held to [-128, 127] (QQQ, arXiv:2406.09904); with
@@ -63,10 +66,10 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
       channel_scales: f32[N].
       saturates: i32[1] where there are scales alone: 0 says that no integer has to be held to 8 bits, which is cheaper (see
         `saturates`). None where there are zeros.
-      config, implementation, reproducible: as in `channel_partials`.
+      halves, config, implementation, reproducible: as in `channel_partials`.
 
     Returns:
-      f32[S, M, N].
+      f32[S, M, N], f16 where `halves`.
 
     Raises:
       ValueError: as `channel_partials`.
@@ -80,10 +83,10 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > kernel.MAX_ROWS:
         integers = _integers(packed, groups, q.shape[1], zeros, chosen)
-        return reference.group_product(q, row_scales, integers, channel_scales)[None]
+        return held(reference.group_product(q, row_scales, integers, channel_scales), sums_dtype(halves))[None]
     config = config or _config(q, packed, "groups", zeros, reproducible)
     return kernel.group_partials(q, row_scales, sums if zeros else None, packed, groups, channel_scales, saturates,
-                                 config=config, interpret=chosen == "interpret")
+                                 halves=halves, config=config, interpret=chosen == "interpret")
 
 
 def tuning_key(rows: int, inner: int, outputs: int, scales: str, zeros: bool) -> str:

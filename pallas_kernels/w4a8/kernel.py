@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import transposed
+from pallas_kernels.partials import sums_dtype
 from pallas_kernels.w4a8.dequantise import centred_of, codes_of, rounded_of
 from pallas_kernels.w4a8.layout import BLOCK, HALF
 from pallas_kernels.w4a16.dequantise import joined
@@ -125,28 +126,30 @@ def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
                q_ref.shape[0])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("halves", "config", "interpret"))
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                      packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
-                     config: Config, interpret: bool) -> Float[Array, "S M N"]:
+                     halves: bool, config: Config, interpret: bool) -> Float[Array, "S M N"]:
     """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
     zeros = () if offsets is None else (sums, offsets)
-    return _launch(_channel_body, (q, row_scales, packed, scales, *zeros), config=config, interpret=interpret)
+    return _launch(_channel_body, (q, row_scales, packed, scales, *zeros), halves, config=config, interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("halves", "config", "interpret"))
 def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "G M"] | None,
                    packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
-                   saturates: Int32[Array, "1"] | None, *, config: Config, interpret: bool) -> Float[Array, "S M N"]:
+                   saturates: Int32[Array, "1"] | None, *, halves: bool, config: Config, interpret: bool
+                   ) -> Float[Array, "S M N"]:
     """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
     body, last = (_zeroed_groups_body, sums) if saturates is None else (_scaled_groups_body, saturates)
-    return _launch(body, (q, row_scales, packed, groups, channel_scales, last), config=config, interpret=interpret)
+    return _launch(body, (q, row_scales, packed, groups, channel_scales, last), halves, config=config,
+                   interpret=interpret)
 
 
-def _launch(body: Callable[..., None], operands: tuple[Array, ...], *, config: Config, interpret: bool
-            ) -> Float[Array, "S M N"]:
+def _launch(body: Callable[..., None], operands: tuple[Array, ...], halves: bool, *, config: Config,
+            interpret: bool) -> Float[Array, "S M N"]:
     q, packed = operands[0], operands[2]
     shares = transposed.share_count(q.shape[1], BLOCK, config.split_k)
     body = functools.partial(body, config=config, shares=shares, inline_asm=config.inline_asm and not interpret)
     return transposed.launch_product(body, operands, outputs=packed.shape[1], shares=shares, config=config,
-                                     interpret=interpret, name="w4a8")
+                                     interpret=interpret, name="w4a8", out_dtype=sums_dtype(halves))

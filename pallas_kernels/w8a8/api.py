@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import launch, transposed
+from pallas_kernels.partials import held, sums_dtype
 from pallas_kernels.w8a8 import kernel, reference, rounding
 
 
@@ -41,8 +42,8 @@ def quantise_rows(x: Float[Array, "M K"], *, peaks: Float[Array, "M C"] | None =
 
 
 def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"],
-                    scales: Float[Array, "N"], *, config: kernel.Config | None = None, implementation: str | None = None,
-                    reproducible: bool = False) -> Float[Array, "S M N"]:
+                    scales: Float[Array, "N"], *, halves: bool = False, config: kernel.Config | None = None,
+                    implementation: str | None = None, reproducible: bool = False) -> Float[Array, "S M N"]:
     """q @ values^T times both scales, as split-K partial products whose sum over S is the product.
 
     A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
@@ -52,11 +53,12 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
       q, row_scales: from `quantise_rows`.
       values: int8[N, K], a row for each output.
       scales: f32[N].
+      halves: gives the sums in f16, held to its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: as in `quantise_rows`. The kernel takes up to 64 rows; the reference multiplies more.
 
     Returns:
-      f32[S, M, N].
+      f32[S, M, N], f16 where `halves`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit each other, or an unknown implementation.
@@ -70,11 +72,13 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
         raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float32[{values.shape[0]}]")
     chosen, (rows, inner), outputs = launch.choose(implementation), q.shape, values.shape[0]
     if chosen == "reference" or rows > kernel.MAX_ROWS:
-        return (reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None])[None]
+        product = reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None]
+        return held(product, sums_dtype(halves))[None]
     if config is None:
         fields = launch.tuned("w8a8", tuning_key(kernel.MAX_ROWS if reproducible else rows, inner, outputs))
         config = kernel.Config(**fields) if fields else kernel.heuristic(inner, outputs)
-    return kernel.matmul_partials(q, row_scales, values, scales, config=config, interpret=chosen == "interpret")
+    return kernel.matmul_partials(q, row_scales, values, scales, halves=halves, config=config,
+                                  interpret=chosen == "interpret")
 
 
 def tuning_key(rows: int, inner: int, outputs: int) -> str:

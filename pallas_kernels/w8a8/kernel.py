@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import launch, transposed
+from pallas_kernels.partials import sums_dtype
 
 MAX_ROWS = transposed.BLOCK_ROWS
 
@@ -61,11 +62,13 @@ def scaled(total: Int32[Array, "n m"], scales: Float[Array, "n"], row_scales: Fl
     return total.astype(jnp.float32) * scales[:, None] * row_scales[None, :]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("halves", "config", "interpret"))
 def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"],
-                    scales: Float[Array, "N"], *, config: Config, interpret: bool) -> Float[Array, "S M N"]:
+                    scales: Float[Array, "N"], *, halves: bool, config: Config, interpret: bool
+                    ) -> Float[Array, "S M N"]:
     """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
     shares = transposed.share_count(q.shape[1], config.block_k, config.split_k)
     return transposed.launch_product(
         functools.partial(_body, config=config, shares=shares), (q, row_scales, values, scales),
-        outputs=values.shape[0], shares=shares, config=config, interpret=interpret, name="w8a8")
+        outputs=values.shape[0], shares=shares, config=config, interpret=interpret, name="w8a8",
+        out_dtype=sums_dtype(halves))

@@ -49,7 +49,7 @@ class DenseFormat(WeightFormat):
         return weight.values.astype(jnp.float32)
 
     def matmul(self, x: Float[Array, "M K"], weight: Dense, *, peaks: Float[Array, "M C"] | None = None,
-               reproducible: bool = False) -> Float[Array, "S M N"]:
+               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
         if reproducible or self._fills_no_gpu(len(x), *weight.values.shape):
             return dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), reproducible=reproducible)
         return self._product(x, weight.values, contract=0)[None]

@@ -88,7 +88,7 @@ class Int4GroupFormat(WeightFormat):
         return GroupedInt4(w4a16.unpack(weight.packed, shape[0]), weight.scales, self.group_size, weight.order).dense()
 
     def matmul(self, x: Float[Array, "M K"], weight: Int4Group, *, peaks: Float[Array, "M C"] | None = None,
-               reproducible: bool = False) -> Float[Array, "S M N"]:
+               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
         x = x if weight.order is None else x[:, weight.order]
         return w4a16.matmul_partials(x.astype(self.dtype), weight.packed, weight.scales, group_size=self.group_size,
                                      reproducible=reproducible)

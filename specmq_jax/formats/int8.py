@@ -48,10 +48,10 @@ class Int8ChannelFormat(WeightFormat):
         return ChannelInt8(weight.values.T, weight.scales).dense()
 
     def matmul(self, x: Float[Array, "M K"], weight: Int8Channel, *, peaks: Float[Array, "M C"] | None = None,
-               reproducible: bool = False) -> Float[Array, "S M N"]:
+               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
         if self.activation_bits == 8:
             return w8a8.matmul_partials(*w8a8.quantise_rows(x, peaks=peaks), weight.values, weight.scales,
-                                        reproducible=reproducible)
+                                        halves=halves, reproducible=reproducible)
         return w8a16.matmul_partials(x.astype(self.dtype), weight.values, weight.scales, reproducible=reproducible)
 
     def outputs(self, weight: Int8Channel, kept: Int32[Array, "n"]) -> Int8Channel:
