@@ -106,6 +106,7 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
         of_x, of_packed, of_scales = jax.random.split(key, 3)
         packed = jax.random.bits(of_packed, shape, jnp.uint32).view(jnp.int32)
         scales = jax.random.normal(of_scales, (groups, columns)) * 0.02
+        scales = scales if group_size == -1 else w4a16.pack_scales(scales)
         return jax.random.normal(of_x, (rows, inner), jnp.float16), packed, scales
 
     def run(config, implementation, x, packed, scales):
@@ -122,7 +123,7 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
         # the factor keeps the launch where there is nothing to add
         return (partials if result == "partials" else (add_up(partials) * 0.5).astype(x.dtype),)
 
-    cold_bytes = 4 * (math.prod(shape) + groups * columns)
+    cold_bytes = 4 * (math.prod(shape) + math.prod(w4a16.scales_shape(inner, columns, group_size).shape))
     return Case(label=f"{inner} -> {columns}" + (f" g{group_size}" if group_size != -1 else ""), rows=rows, make=make,
                 run=run, traffic=cold_bytes + 2 * rows * (inner + columns), cold=(1, 2), cold_bytes=cold_bytes)
 

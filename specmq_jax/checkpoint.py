@@ -26,7 +26,7 @@ from specmq_jax.formats import Weight
 from specmq_jax.parameters import Formats, parameter_shapes
 
 METADATA_FILE = "specmq.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHARD_BYTES = 128 << 20
 _BLOCK_BYTES = 8 << 20
 

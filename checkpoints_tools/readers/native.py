@@ -1,5 +1,6 @@
 """Native checkpoints, as a source for another precision."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 
@@ -8,10 +9,9 @@ import numpy as np
 
 from checkpoints_tools.readers.base import Reader, Stored
 from checkpoints_tools.readers.hf import copy_tokenizer, find_rotation, find_tokenizer
-from pallas_kernels.w4a16 import api as w4a16
 from specmq_jax.checkpoint import CheckpointReader
 from specmq_jax.config import read_json
-from specmq_jax.formats import Dense, GroupedInt4, Int4Group, Logical
+from specmq_jax.formats import Dense, Int4Group, Logical
 
 
 class NativeReader(Reader):
@@ -37,8 +37,9 @@ class NativeReader(Reader):
         if isinstance(weight, Dense):
             return np.asarray(weight.values)
         if isinstance(weight, Int4Group):
-            q, scales, order = jax.device_get((w4a16.unpack(weight.packed, shape[0]), weight.scales, weight.order))
-            return GroupedInt4(q, scales.astype(np.float16), self.formats.of(path).group_size, order)
+            logical = self.formats.of(path).logical(weight, shape[0])
+            q, scales, order = jax.device_get((logical.q, logical.scales, logical.order))
+            return dataclasses.replace(logical, q=q, scales=scales, order=order)
         return self.formats.of(path).unpack(weight, shape)
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from pallas_kernels import launch, transposed
 from pallas_kernels.dense import api as dense
@@ -37,7 +37,32 @@ def unpack(packed: Int32[Array, "B N 16"], rows: int) -> UInt8[Array, "K N"]:
     return layout.unpack(packed, rows)
 
 
-def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *, group_size: int,
+def pack_scales(scales: Float[Array, "G N"]) -> Int32[Array, "H N"]:
+    """Rounds the scales of groups to f16 and packs those of two groups into a word, in the order of `layout`.
+
+    Returns int32[ceil(G / 2), N]. Raises ValueError for anything but f16 or f32 [G, N].
+    """
+    if scales.ndim != 2 or scales.dtype not in (jnp.float16, jnp.float32):
+        raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float16 or float32 [G, N]")
+    return layout.pack_scales(scales)
+
+
+def unpack_scales(words: Int32[Array, "H N"], groups: int) -> Float[Array, "G N"]:
+    """The scales f32[groups, N] that `pack_scales` was given. Raises ValueError when the words hold another number."""
+    if words.ndim != 2 or words.dtype != jnp.int32 or words.shape[0] != layout.scale_words(groups):
+        raise ValueError(f"words are {words.dtype}{list(words.shape)}; expected int32[{layout.scale_words(groups)}, N] for "
+                         f"{groups} groups")
+    return layout.unpack_scales(words, groups)
+
+
+def scales_shape(rows: int, columns: int, group_size: int) -> jax.ShapeDtypeStruct:
+    """What a product takes as the scales of [rows, columns]: words for groups, plain f32 for one scale a column."""
+    if group_size == -1:
+        return jax.ShapeDtypeStruct((1, columns), jnp.float32)
+    return jax.ShapeDtypeStruct((layout.scale_words(-(-rows // group_size)), columns), jnp.int32)
+
+
+def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *, group_size: int,
            out_dtype: jnp.dtype | None = None, config: kernel.Config | None = None,
            implementation: str | None = None) -> Float[Array, "M N"]:
     """x @ w with w[k, n] = (q[k, n] - 8) * scales[k // group_size, n].
@@ -45,8 +70,7 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float
     Args:
       x: f16, bf16 or f32 [M, K].
       packed: int32[ceil(K / 128), N, 16], from `pack`.
-      scales: f32 or f16 [ceil(K / group_size), N], [1, N] when group_size is -1; f16's values, of either sign. Loads of four
-        bytes alone can be asked for ahead of time.
+      scales: int32[ceil(groups / 2), N], from `pack_scales`; f32[1, N] when group_size is -1. Of either sign.
       group_size: 32, 64 or 128 rows of K, or -1 for one group a column.
       out_dtype: default x's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
@@ -64,7 +88,7 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float
     return (partials[0] if partials.shape[0] == 1 else add_up(partials)).astype(out_dtype)
 
 
-def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *,
+def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *,
                     group_size: int, config: kernel.Config | None = None, implementation: str | None = None,
                     reproducible: bool = False) -> Float[Array, "S M N"]:
     """`matmul` with its split-K partial sums left to the consumer: f32[S, M, N] whose sum over S is the product.
@@ -81,7 +105,7 @@ def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
     return f"{inner}x{columns}/g{group_size}/m{transposed.tuned_rows(rows)}"
 
 
-def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], group_size: int,
+def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], group_size: int,
               unsplit_dtype: jnp.dtype | None, config: kernel.Config | None, implementation: str | None, *,
               reproducible: bool = False) -> Float[Array, "S M N"]:
     """Partial sums in f32, except that an unsplit product of the kernel is in `unsplit_dtype` where that is given."""
@@ -118,10 +142,10 @@ def _check(x: Array, packed: Array, scales: Array, group_size: int) -> None:
         raise ValueError(f"group_size is {group_size}; expected one of {GROUP_SIZES}")
     inner = x.shape[1]
     _check_packed(packed, inner)
-    expected = (1 if group_size == -1 else -(-inner // group_size), packed.shape[1])
-    if scales.shape != expected or scales.dtype not in (jnp.float16, jnp.float32):
-        raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float32 or float16 {list(expected)} for "
-                         f"K = {inner} and group_size {group_size}")
+    expected = scales_shape(inner, packed.shape[1], group_size)
+    if scales.shape != expected.shape or scales.dtype != expected.dtype:
+        raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected {expected.dtype}{list(expected.shape)} "
+                         f"for K = {inner} and group_size {group_size}")
 
 
 def _check_packed(packed: Array, rows: int) -> None:

@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int32, Shaped
 from pallas_kernels.w4a16.layout import PLANE_ROWS, PLANES, ZERO
 
 
-def planes_of(words: Int32[Array, "N 16"], dtype: jnp.dtype, beside: Sequence[Float[Array, "N"]] = (), *, inline_asm: bool
+def planes_of(words: Int32[Array, "N 16"], dtype: jnp.dtype, beside: Sequence[Int32[Array, "N"]] = (), *, inline_asm: bool
               ) -> list[Float[Array, "N 32"]]:
     """The planes q - 8 of a block in `dtype` (f16 or bf16), in order of K.
 
     `inline_asm` handles two weights an instruction and compiles for NVIDIA GPUs only; the other form runs everywhere. It
-    reads the f32 arrays `beside` and does not use them: Triton asks ahead of time for those loads alone that a product's
-    operand depends on.
+    reads the words `beside` and does not use them: Triton asks ahead of time for those loads alone that a product's operand
+    depends on.
     """
     if inline_asm:
         beside = [jnp.broadcast_to(numbers[:, None], words.shape) for numbers in beside]
@@ -56,7 +56,7 @@ def _in_order(even: Shaped[Array, "N 16"], odd: Shaped[Array, "N 16"]) -> Shaped
     return jnp.transpose(both, (0, 2, 3, 1, 4)).reshape(columns, PLANE_ROWS)
 
 
-def _pairs_in_ptx(words: Int32[Array, "N 16"], plane: int, dtype: jnp.dtype, beside: Sequence[Float[Array, "N 16"]]
+def _pairs_in_ptx(words: Int32[Array, "N 16"], plane: int, dtype: jnp.dtype, beside: Sequence[Int32[Array, "N 16"]]
                   ) -> Int32[Array, "N 16"]:
     """One plane, two neighbouring rows in the halves of each word."""
     if dtype == jnp.float16:
@@ -71,7 +71,7 @@ def _pairs_in_ptx(words: Int32[Array, "N 16"], plane: int, dtype: jnp.dtype, bes
         shift, exponent = 4 * plane, "0x43004300"
     asm = (f"{{ .reg .b32 t, c, o; shr.u32 t, $1, {shift}; lop3.b32 t, t, {mask}, {exponent}, 0xea; {finish} }}")
     # one word at a time: with pack=2 two neighbours would have to share a register, which only some layouts do
-    [result] = plgpu.elementwise_inline_asm(asm, args=[words, *beside], constraints="=r,r" + ",f" * len(beside), pack=1,
+    [result] = plgpu.elementwise_inline_asm(asm, args=[words, *beside], constraints="=r,r" + ",r" * len(beside), pack=1,
                                             result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.int32)])
     return result
 

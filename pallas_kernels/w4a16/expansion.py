@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels import launch, transposed
 from pallas_kernels.w4a16 import layout
@@ -21,16 +21,20 @@ def _body(packed_ref, scales_ref, out_ref, *, group_size: int):
     planes = planes_of(mine.tile(packed_ref, block, jnp.arange(layout.WORDS)), jnp.float16, inline_asm=False)
     for number, plane in enumerate(planes):
         k = block * layout.BLOCK + number * layout.PLANE_ROWS
-        # groups are whole planes; past the last one nobody keeps what comes out
-        group = jnp.int32(0) if group_size == -1 else jnp.minimum(k // group_size, scales_ref.shape[0] - 1)
-        values = plane.astype(jnp.float32) * mine.per_output(scales_ref, group).astype(jnp.float32)[:, None]
+        if group_size == -1:
+            scales = mine.per_output(scales_ref, jnp.int32(0))
+        else:
+            group = k // group_size  # groups are whole planes; past the last one nobody keeps what comes out
+            words = mine.per_output(scales_ref, jnp.minimum(group // 2, scales_ref.shape[0] - 1))
+            scales = layout.half_of(words, 16 * (group % 2)).astype(jnp.float32)
+        values = plane.astype(jnp.float32) * scales[:, None]
         column = k + jnp.arange(layout.PLANE_ROWS)
         plgpu.store(out_ref.at[mine.output[:, None], column[None, :]], values.astype(out_ref.dtype),
                     mask=transposed.both(mine.output_mask, mine.inside(column)))
 
 
 @functools.partial(jax.jit, static_argnames=("inner", "group_size", "dtype", "interpret"))
-def dequantise(packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *, inner: int, group_size: int,
+def dequantise(packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *, inner: int, group_size: int,
                dtype: jnp.dtype, interpret: bool) -> Float[Array, "N K"]:
     """The weights (q - 8) * scale, multiplied in f32 and rounded to `dtype`, K last."""
     blocks, columns = packed.shape[:2]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels import transposed
 from pallas_kernels.w4a16 import layout
@@ -30,7 +30,7 @@ class Config(transposed.Config):
     Attributes:
       scale_planes: scales the weights, in f16, instead of each group's f32 partial product: fewer registers and one
         uninterrupted accumulation, worth its roundings (2^-12 of a weight) at most from about 32 rows on; f16 activations only.
-      pipelined_scales: loads f32 scales together with their weights, `num_stages` ahead; else with the block before.
+      pipelined_scales: loads the scales of groups together with their weights, `num_stages` ahead; else with the block before.
       least_rows: of x in a product, 8 or 16. A warpgroup's product has no fewer than 16 here, so that 8 are multiplied by
         another instruction, which may round in another order.
       inline_asm: dequantises in PTX, two weights an instruction; never in interpret mode.
@@ -83,53 +83,58 @@ def shares(inner: int, config: Config) -> int:
 
 def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size: int, shares: int, interpret: bool):
     rows, inner = x_ref.shape
-    columns, words = packed_ref.shape[1:]
+    columns = packed_ref.shape[1]
     mine = transposed.cut(rows, inner, columns, block_n=config.block_n, block_k=layout.BLOCK, shares=shares,
                           least_rows=config.least_rows)
     inline_asm = config.inline_asm and not interpret
     scale_planes = config.scale_planes and x_ref.dtype == jnp.float16
-    pipelined_scales = config.pipelined_scales and group_size != -1 and scales_ref.dtype == jnp.float32
-    group_planes = layout.PLANES if group_size == -1 else group_size // layout.PLANE_ROWS
+    scaled = group_size != -1
+    pipelined_scales = config.pipelined_scales and scaled
+    group_planes = group_size // layout.PLANE_ROWS if scaled else layout.PLANES
     groups = layout.PLANES // group_planes  # of a block
     group_rows = layout.BLOCK // groups
 
-    def scales_of(block: Array) -> list[Array]:
-        """A block's scales, a vector of columns for each of its groups; past the last group nobody reads them."""
-        numbers = [jnp.minimum(block * groups + group, scales_ref.shape[0] - 1) for group in range(groups)]
+    def words_of(block: Array) -> list[Array]:
+        """The words that hold a block's scales, vectors of columns; past the last group nobody reads them."""
+        numbers = [jnp.minimum((block * groups + group) // 2, scales_ref.shape[0] - 1) for group in range(0, groups, 2)]
         if pipelined_scales:
             return [mine.per_output_ahead(scales_ref, number, num_warps=config.num_warps) for number in numbers]
         return [mine.per_output(scales_ref, number) for number in numbers]
 
+    def scales_of(words: list[Array], block: Array, group: int) -> Array:
+        return layout.half_of(words[group // 2], 16 * (block % 2 if groups == 1 else group % 2))
+
     def step(block: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        total, scales = carry
+        total, words = carry
         if pipelined_scales:
-            scales = scales_of(block)
+            words = words_of(block)
         # The next block's scales are asked for before this one's weights are used, where no pipeline does it for them.
-        following = scales_of(block + 1) if scales and not pipelined_scales else []
-        planes = planes_of(mine.tile(packed_ref, block, jnp.arange(words)), x_ref.dtype, scales if pipelined_scales else [],
-                           inline_asm=inline_asm)
+        following = words_of(block + 1) if words and not pipelined_scales else []
+        planes = planes_of(mine.tile(packed_ref, block, jnp.arange(layout.WORDS)), x_ref.dtype,
+                           words if pipelined_scales else [], inline_asm=inline_asm)
         for group in range(groups):
             own = planes[group * group_planes:(group + 1) * group_planes]
-            if scales and scale_planes:
-                own = [plane * scales[group].astype(plane.dtype)[:, None] for plane in own]
+            scales = scales_of(words, block, group) if scaled else None
+            if scaled and scale_planes:
+                own = [plane * scales.astype(plane.dtype)[:, None] for plane in own]
             k = block * layout.BLOCK + group * group_rows + jnp.arange(group_rows)
             part = plgpu.dot(joined(own), mine.activations(x_ref, k))
-            if scales and not scale_planes:
-                total = multiply_add(part, scales[group].astype(jnp.float32)[:, None], total, inline_asm=inline_asm)
+            if scaled and not scale_planes:
+                total = multiply_add(part, scales.astype(jnp.float32)[:, None], total, inline_asm=inline_asm)
             else:
                 total += part
         return total, following
 
     zeros = jnp.zeros((config.block_n, len(mine.row)), jnp.float32)
-    start = [] if group_size == -1 or pipelined_scales else scales_of(mine.first)
+    start = words_of(mine.first) if scaled and not pipelined_scales else []
     total, _ = jax.lax.fori_loop(mine.first, mine.last, step, (zeros, start))
-    if group_size == -1:
-        total *= mine.per_output(scales_ref, jnp.int32(0)).astype(jnp.float32)[:, None]
+    if not scaled:
+        total *= mine.per_output(scales_ref, jnp.int32(0))[:, None]
     mine.store(out_ref, total.astype(out_ref.dtype), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "out_dtype", "config", "interpret"))
-def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Float[Array, "G N"], *,
+def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *,
                     group_size: int, out_dtype: jnp.dtype, config: Config, interpret: bool) -> Float[Array, "S M N"]:
     """Partial sums over the shares of K; M at most `MAX_ROWS`, x f16 or bf16."""
     share_count = shares(x.shape[1], config)

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.w4a16 import api as w4a16
 from specmq_jax.formats.base import WeightFormat
@@ -14,14 +14,14 @@ from specmq_jax.formats.logical import GroupedInt4, Logical, dense_values
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4Group:
-    """packed: i32[ceil(K / 128), N, 16] in `pallas_kernels.w4a16`'s layout; scales: f32[groups, N], f16's values,
-    which a GPU loads ahead of time when they are four bytes wide.
+    """packed: i32[ceil(K / 128), N, 16] and scales: i32[ceil(groups / 2), N] in `pallas_kernels.w4a16`'s layout; scales:
+    f32[1, N] where a column has one.
 
     order: i32[K], the input that each row multiplies; None where row k multiplies input k.
     """
 
     packed: Int32[Array, "B N 16"]
-    scales: Float[Array, "G N"]
+    scales: Shaped[Array, "H N"]
     order: Int32[Array, "K"] | None = None
 
 
@@ -50,7 +50,7 @@ class Int4GroupFormat(WeightFormat):
     def abstract(self, shape: tuple[int, int]) -> Int4Group:
         rows, columns = shape
         return Int4Group(jax.ShapeDtypeStruct(w4a16.packed_shape(rows, columns), jnp.int32),
-                         jax.ShapeDtypeStruct((self._groups(rows), columns), jnp.float32),
+                         w4a16.scales_shape(rows, columns, self.group_size),
                          jax.ShapeDtypeStruct((rows,), jnp.int32) if self.act_order else None)
 
     def pack(self, logical: Logical) -> Int4Group:
@@ -60,7 +60,13 @@ class Int4GroupFormat(WeightFormat):
             (q, scales), order = self.round_to_nearest(dense_values(logical).astype(jnp.float32)), None
         if self.act_order:
             order = jnp.arange(len(q), dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-        return Int4Group(w4a16.pack(q), scales.astype(jnp.float32), order)
+        return Int4Group(w4a16.pack(q), scales.astype(jnp.float32) if self.group_size == -1 else w4a16.pack_scales(scales),
+                         order)
+
+    def logical(self, weight: Int4Group, rows: int) -> GroupedInt4:
+        """The codes and scales that a weight of so many rows was packed from."""
+        scales = weight.scales if self.group_size == -1 else w4a16.unpack_scales(weight.scales, self._groups(rows))
+        return GroupedInt4(w4a16.unpack(weight.packed, rows), scales.astype(jnp.float16), self.group_size, weight.order)
 
     def _same_groups(self, logical: GroupedInt4) -> bool:
         if logical.order is not None and not self.act_order:
@@ -85,7 +91,7 @@ class Int4GroupFormat(WeightFormat):
         return q.reshape(groups * size, columns)[:rows], scales[:, 0]
 
     def unpack(self, weight: Int4Group, shape: tuple[int, int]) -> Float[Array, "K N"]:
-        return GroupedInt4(w4a16.unpack(weight.packed, shape[0]), weight.scales, self.group_size, weight.order).dense()
+        return self.logical(weight, shape[0]).dense()
 
     def matmul(self, x: Float[Array, "M K"], weight: Int4Group, *, peaks: Float[Array, "M C"] | None = None,
                halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:

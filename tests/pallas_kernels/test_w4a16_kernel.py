@@ -9,7 +9,19 @@ import pytest
 from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
 
-from pallas_kernels.w4a16 import Config, expansion, matmul, matmul_partials, pack, packed_shape, reference, unpack
+from pallas_kernels.w4a16 import (
+    Config,
+    expansion,
+    matmul,
+    matmul_partials,
+    pack,
+    pack_scales,
+    packed_shape,
+    reference,
+    scales_shape,
+    unpack,
+    unpack_scales,
+)
 from pallas_kernels.w4a16.kernel import MAX_ROWS
 
 LLAMA_8B = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
@@ -28,7 +40,7 @@ def expand(q: np.ndarray, scales: np.ndarray, group_size: int) -> np.ndarray:
     return weights
 
 
-def problem(rows: int, inner: int, columns: int, group_size: int, dtype, scales_dtype=jnp.float32):
+def problem(rows: int, inner: int, columns: int, group_size: int, dtype):
     """x, packed and scales of both signs, and x @ w in f64."""
     rng = np.random.default_rng([rows, inner, columns, group_size + 1])
     q = rng.integers(0, 16, (inner, columns), dtype=np.uint8)
@@ -36,12 +48,13 @@ def problem(rows: int, inner: int, columns: int, group_size: int, dtype, scales_
     scales = (rng.normal(size=(groups, columns)) * 0.02).astype(np.float16)
     x = jnp.asarray(rng.normal(size=(rows, inner)), dtype)
     expected = np.asarray(x.astype(jnp.float32)).astype(np.float64) @ expand(q, scales, group_size)
-    return (x, pack(jnp.asarray(q)), jnp.asarray(scales, scales_dtype)), expected
+    scales = jnp.asarray(scales)
+    return (x, pack(jnp.asarray(q)), scales.astype(jnp.float32) if group_size == -1 else pack_scales(scales)), expected
 
 
-def check(shape: tuple, dtype, config: Config | None, implementation: str, scales_dtype=jnp.float32) -> None:
+def check(shape: tuple, dtype, config: Config | None, implementation: str) -> None:
     rows, *_, group_size = shape
-    operands, expected = problem(*shape, dtype, scales_dtype)
+    operands, expected = problem(*shape, dtype)
     partials = matmul_partials(*operands, group_size=group_size, config=config, implementation=implementation)
     assert partials.dtype == jnp.float32
     # weights scaled in a half precision are rounded once more
@@ -59,6 +72,16 @@ def test_unpack_inverts_pack(inner):
     packed = jax.jit(pack)(jnp.asarray(q))
     assert packed.shape == packed_shape(inner, 5) == (-(-inner // 128), 5, 16)
     np.testing.assert_array_equal(jax.jit(unpack, static_argnums=1)(packed, inner), q)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 7])
+def test_unpack_scales_inverts_pack_scales(groups):
+    scales = np.random.default_rng(groups).normal(size=(groups, 5)).astype(np.float16)
+    scales[0, :2] = -65504, 6e-8  # the largest, and one without full precision
+    words = pack_scales(jnp.asarray(scales))
+    assert (words.shape, words.dtype) == ((-(-groups // 2), 5), jnp.int32)
+    np.testing.assert_array_equal(unpack_scales(words, groups), scales.astype(np.float32))
+    np.testing.assert_array_equal(pack_scales(jnp.asarray(scales, jnp.float32)), words)
 
 
 def test_padding_has_weight_zero():
@@ -86,10 +109,12 @@ def test_ragged_sizes_groups_and_cuts(shape, config, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pipelined_scales", [True, False])
-@pytest.mark.parametrize("scales_dtype", [jnp.float16, jnp.float32])
-def test_scales_of_either_width(scales_dtype, pipelined_scales, implementation):
-    config = Config(block_n=32, split_k=2, pipelined_scales=pipelined_scales)
-    check((9, 400, 40, 64), jnp.float16, config, implementation, scales_dtype)
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("inner", [384, 400])  # odd and even numbers of groups, whole and short ones
+def test_scales_loaded_with_their_weights_or_before(inner, group_size, pipelined_scales, implementation):
+    for scale_planes in (False, True):
+        config = Config(block_n=32, split_k=2, num_warps=2, pipelined_scales=pipelined_scales, scale_planes=scale_planes)
+        check((9, inner, 40, group_size), jnp.float16, config, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -116,10 +141,9 @@ def test_reproducible_rows_have_the_same_bits_in_every_block_of_rows_on_gpu():
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("scales_dtype", [jnp.float16, jnp.float32])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_weights_of_a_prompt_are_rounded_once(group_size, scales_dtype, interpret):
-    (_, packed, scales), _ = problem(1, 300, 70, group_size, jnp.float16, scales_dtype)
+def test_weights_of_a_prompt_are_rounded_once(group_size, interpret):
+    (_, packed, scales), _ = problem(1, 300, 70, group_size, jnp.float16)
     found = expansion.dequantise(packed, scales, inner=300, group_size=group_size, dtype=jnp.float16, interpret=interpret)
     weights = reference.dequantise(packed, scales, 300, group_size)
     np.testing.assert_array_equal(found, weights.astype(jnp.float16).T)
@@ -129,7 +153,7 @@ def test_weights_of_a_prompt_are_rounded_once(group_size, scales_dtype, interpre
 def test_accumulates_beyond_the_range_of_half_precision(implementation):
     x = jnp.full((1, 256), 200, jnp.float16)
     packed = pack(jnp.concatenate([jnp.full((128, 16), 15, jnp.uint8), jnp.full((128, 16), 1, jnp.uint8)]))
-    product = matmul(x, packed, jnp.ones((2, 16), jnp.float16), group_size=128, implementation=implementation)
+    product = matmul(x, packed, pack_scales(jnp.ones((2, 16), jnp.float16)), group_size=128, implementation=implementation)
     np.testing.assert_array_equal(product, 0)  # 179200 - 179200
 
 
@@ -152,9 +176,10 @@ def test_real_sizes_on_gpu(inner, columns):
     """A sample of columns, the last ones included, against f64."""
     keys = jax.random.split(jax.random.key(0), 3)
     packed = jax.random.bits(keys[0], packed_shape(inner, columns), jnp.uint32).view(jnp.int32)
-    scales = (jax.random.normal(keys[1], (-(-inner // 128), columns)) * 0.02).astype(jnp.float16).astype(jnp.float32)
+    plain_scales = (jax.random.normal(keys[1], (-(-inner // 128), columns)) * 0.02).astype(jnp.float16)
+    scales = pack_scales(plain_scales)
     sample = np.unique(np.r_[:64, columns - 64:columns, np.random.default_rng(0).integers(0, columns, 128)])
-    weights = expand(np.asarray(unpack(packed[:, sample], inner)), np.asarray(scales[:, sample]), 128)
+    weights = expand(np.asarray(unpack(packed[:, sample], inner)), np.asarray(plain_scales[:, sample]), 128)
     errors = {}
     for rows in ROWS:
         x = jax.random.normal(keys[2], (rows, inner), jnp.float16)
@@ -179,7 +204,7 @@ def test_lowers_to_one_launch(inner, columns):
                         (100, jnp.float16), (150, jnp.float16)]:
         avals = (jax.ShapeDtypeStruct((rows, inner), dtype),
                  jax.ShapeDtypeStruct(packed_shape(inner, columns), jnp.int32),
-                 jax.ShapeDtypeStruct((-(-inner // 128), columns), jnp.float32))
+                 scales_shape(inner, columns, 128))
         text = cuda_text(lambda *operands: matmul_partials(*operands, group_size=128, implementation="kernel"), *avals)
         assert launches(text) == 1
 
@@ -194,7 +219,7 @@ def test_every_form_lowers(group_size, inline_asm):
                                      (100, jnp.float32, False)):
         config = Config(split_k=3, num_warps=4, scale_planes=scale_planes, inline_asm=inline_asm)
         avals = (jax.ShapeDtypeStruct((rows, 576), dtype), jax.ShapeDtypeStruct(packed_shape(576, 960), jnp.int32),
-                 jax.ShapeDtypeStruct((1 if group_size == -1 else 576 // group_size, 960), jnp.float32))
+                 scales_shape(576, 960, group_size))
         assert launches(cuda_text(functools.partial(product, config), *avals)) == 1
 
 
@@ -204,8 +229,14 @@ def test_names_the_offending_array():
         matmul(x.astype(jnp.int32), packed, scales, group_size=64)
     with pytest.raises(ValueError, match=r"packed is int32\[1, 8, 16\]; expected int32\[2, N, 16\] for K = 200"):
         matmul(x, packed[:1], scales, group_size=64)
-    with pytest.raises(ValueError, match=r"scales are float32\[4, 8\]; expected float32 or float16 \[2, 8\] for K = 200"):
+    with pytest.raises(ValueError, match=r"scales are int32\[2, 8\]; expected int32\[1, 8\] for K = 200"):
         matmul(x, packed, scales, group_size=128)
+    with pytest.raises(ValueError, match=r"scales are float32\[4, 8\]; expected int32\[2, 8\] for K = 200"):
+        matmul(x, packed, unpack_scales(scales, 4), group_size=64)
+    with pytest.raises(ValueError, match=r"scales are int32\[2, 8\]; expected float16 or float32 \[G, N\]"):
+        pack_scales(scales)
+    with pytest.raises(ValueError, match=r"words are int32\[2, 8\]; expected int32\[3, N\] for 5 groups"):
+        unpack_scales(scales, 5)
     with pytest.raises(ValueError, match="group_size is 48; expected one of"):
         matmul(x, packed, scales, group_size=48)
     with pytest.raises(ValueError, match=r"q is int32\[4, 4\]; expected uint8\[K, N\]"):

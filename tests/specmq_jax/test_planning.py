@@ -151,8 +151,8 @@ def test_70b_with_an_8b_draft_model_its_head_and_16k_of_context_takes_less_than_
     assert plan.total < 60e9
     assert plan.total < 1.15 * (plan.total - parts["working memory"]) + 1e9
     weights = 80 * 855638016, 32 * 218103808
-    assert parts["target"] == pytest.approx(weights[0] * (1 / 2 + 4 / 128) + 2 * 2 * 128256 * 8192, rel=1e-3)
-    assert parts["draft model"] == pytest.approx(weights[1] * (1 / 2 + 4 / 128) + 2 * 2 * 128256 * 4096, rel=1e-3)
+    assert parts["target"] == pytest.approx(weights[0] * (1 / 2 + 2 / 128) + 2 * 2 * 128256 * 8192, rel=1e-3)
+    assert parts["draft model"] == pytest.approx(weights[1] * (1 / 2 + 2 / 128) + 2 * 2 * 128256 * 4096, rel=1e-3)
     assert parts["EAGLE heads"] == pytest.approx(head_bytes, rel=1e-3)
     row = 2 * 2 * 8 * 128
     assert parts["caches"] == pytest.approx((80 + 32 + 1) * row * (16384 + (2048 if backend == "gpu" else 256)), rel=1e-3)
