@@ -209,15 +209,17 @@ def test_lowers_to_one_launch(inner, columns):
         assert launches(text) == 1
 
 
+@pytest.mark.parametrize("pipelined_scales", [True, False])
 @pytest.mark.parametrize("inline_asm", [True, False])
-@pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_every_form_lowers(group_size, inline_asm):
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_every_form_lowers(group_size, inline_asm, pipelined_scales):
     def product(config, *operands):
         return matmul(*operands, group_size=group_size, config=config, implementation="kernel")
 
     for rows, dtype, scale_planes in ((3, jnp.float16, True), (30, jnp.float16, False), (30, jnp.bfloat16, False),
                                      (100, jnp.float32, False)):
-        config = Config(split_k=3, num_warps=4, scale_planes=scale_planes, inline_asm=inline_asm)
+        config = Config(split_k=3, num_warps=4, scale_planes=scale_planes, pipelined_scales=pipelined_scales,
+                        inline_asm=inline_asm)
         avals = (jax.ShapeDtypeStruct((rows, 576), dtype), jax.ShapeDtypeStruct(packed_shape(576, 960), jnp.int32),
                  scales_shape(576, 960, group_size))
         assert launches(cuda_text(functools.partial(product, config), *avals)) == 1
