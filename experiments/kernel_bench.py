@@ -28,6 +28,7 @@ from specmq_jax.errors import UserError
 
 _LOOP_SECONDS = 2e-2
 _CONTEXTS = (512, 4096, 16384)
+_ROUNDED = "w4a8-qqq"  # whose partial sums the rounded ops add up
 _DRAFTED, _RANKED_VOCABULARY = 10, 32768  # candidates of a node of the papers' trees, and a frequency-ranked vocabulary
 
 # SpecMQuant's own W4A16 product in groups of 128 (Marlin) on an H200: K and N, then microseconds at these rows.
@@ -173,9 +174,11 @@ def _marlin(inner: int, columns: int, rows: int) -> float | None:
     return 1e-6 * _MARLIN[inner, columns][_MARLIN_ROWS.index(rows)]
 
 
-def _splits(bench: Bench, model: ModelShape, linear: str, rows: int) -> int:
-    """The partial sums that the op behind a product of the model has to add."""
-    case = cases.product(rows, *model.linears[linear], bench.group_size, result="partials")
+def _splits(bench: Bench, model: ModelShape, linear: str, rows: int, kind: str | None = None) -> int:
+    """The partial sums that the op behind a product of the model has to add, one of `kind` or W4A16's."""
+    sizes = model.linears[linear]
+    case = (cases.integer_product(rows, *sizes, kind, result="partials") if kind else
+            cases.product(rows, *sizes, bench.group_size, result="partials"))
     [partials] = jax.eval_shape(case.step(None, None), *case.abstract_operands(1)[0])
     return partials.shape[0]
 
@@ -189,6 +192,18 @@ def _attention(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable
 def _norm(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
     for count in rows:
         case = cases.add_norm(count, model.hidden, _splits(bench, model, "down", count))
+        yield Item(shape=case.label, case=case, xla=(case, "reference"))
+
+
+def _rounded_norm(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for count in rows:
+        case = cases.rounded_add_norm(count, model.hidden, _splits(bench, model, "down", count, _ROUNDED))
+        yield Item(shape=case.label, case=case, xla=(case, "reference"))
+
+
+def _rounded_silu_mul(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+    for count in rows:
+        case = cases.rounded_silu_mul(count, model.intermediate, _splits(bench, model, "gate_up", count, _ROUNDED))
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
@@ -216,9 +231,10 @@ OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, ModelShape, Sequence[i
     "dense": (_TREE_ROWS, _dense_products), "w8a16": (_TREE_ROWS, _weight_only_products),
     **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},
     "attention": (_TREE_ROWS, _attention), "norm": (_TREE_ROWS, _norm), "rope": (_TREE_ROWS, _rope),
-    "silu_mul": (_TREE_ROWS, _silu_mul), "top_k": ((1, 10), _top_k)}
+    "silu_mul": (_TREE_ROWS, _silu_mul), "rounded_norm": (_TREE_ROWS, _rounded_norm),
+    "rounded_silu_mul": (_TREE_ROWS, _rounded_silu_mul), "top_k": ((1, 10), _top_k)}
 """Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in
-a model; w4a16_product and dense add them up. Products of 8-bit activations leave out their rounding."""
+a model; w4a16_product and dense add them up. Products of 8-bit activations leave out the rounding: the rounded ops have it."""
 
 
 def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: pathlib.Path | None = None,

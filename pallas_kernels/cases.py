@@ -246,6 +246,24 @@ def add_norm(rows: int, columns: int, splits: int) -> Case:
                 traffic=rows * columns * (4 + 4 * splits + 4 + 2) + 4 * columns)
 
 
+def rounded_add_norm(rows: int, columns: int, splits: int) -> Case:
+    """The residual addition of `splits` partial sums in f16, with RMSNorm, and the rounding of what comes out to 8 bits."""
+
+    def make(key: Array):
+        residual, partials, weight = add_norm(rows, columns, splits).make(key)
+        return residual, partials.astype(jnp.float16), weight
+
+    def run(config, implementation, *operands):
+        total, values, scale, peaks = norm.add_rms_norm_deferred(
+            *operands, eps=1e-5, out_dtype=jnp.float16, with_peaks=True, implementation=implementation)
+        # the factor is what the readers of the products owe
+        owed = () if scale is None else (scale.squares,)
+        return (total, *w8a8.quantise_rows(values, peaks=peaks, implementation=implementation), *owed)
+
+    return Case(label=f"{columns} of {splits} sums", rows=rows, make=make, run=run,
+                traffic=rows * columns * (4 + 2 * splits + 4 + 1) + 4 * columns)
+
+
 def rope_append(rows: int, model: ModelShape, splits: int) -> Case:
     """The rotary embedding of `splits` partial sums of q|k|v, and the append to a cache of 4096 rows."""
     heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
@@ -275,6 +293,20 @@ def silu_mul(rows: int, intermediate: int, splits: int) -> Case:
     return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make,
                 run=lambda config, implementation, gate_up: (mlp.silu_mul(gate_up, out_dtype=jnp.float16),),
                 traffic=rows * intermediate * (8 * splits + 2))
+
+
+def rounded_silu_mul(rows: int, intermediate: int, splits: int) -> Case:
+    """The gated activation of `splits` partial sums in f16, and the rounding of what comes out to 8 bits."""
+
+    def make(key: Array):
+        return (jax.random.normal(key, (splits, rows, 2 * intermediate), jnp.float16),)
+
+    def run(config, implementation, gate_up):
+        values, peaks = mlp.silu_mul_peaks(gate_up, out_dtype=jnp.float16, implementation=implementation)
+        return w8a8.quantise_rows(values, peaks=peaks, implementation=implementation)
+
+    return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make, run=run,
+                traffic=rows * intermediate * (4 * splits + 1))
 
 
 def best_of_vocabulary(rows: int, vocab: int, k: int) -> Case:
