@@ -2,7 +2,8 @@
 
 T_v(n), the target's pass over n rows of a draft tree (T_v(1) is plain decoding's T_t), then each method's drafting,
 verification and whole rounds, and prefill. Whole rounds run as users run them, inside the jitted loop. Times are medians over
-runs; the floor of a time is what its bytes, each counted once a pass, take at the device's copy speed.
+runs; what starting a loop takes is told apart, as that of a call. The floor of a time is what its bytes, each counted once a
+pass, take at the device's copy speed.
 
 Some flags are those of the other experiments, with defaults of their own here: --methods is baseline,eagle2; --precision is
 w4a16, and takes several names, separated by commas; --draft_precision is w4a16; trees are the papers' 6/10/60 and
@@ -118,6 +119,7 @@ def table(title: str, measures: Sequence[Measure], bandwidth: float) -> Table:
         "floor/time": lambda measure: f"{measure.moved / bandwidth / measure.median:.0%}",
         "tokens a round": lambda measure: measure.accept_length and f"{measure.accept_length:.2f}",
         "inner rounds": lambda measure: measure.inner_rounds and f"{measure.inner_rounds:.1f}",
+        "a call, ms": lambda measure: None if measure.timing.call is None else f"{1e3 * measure.timing.call:.1f}",
         "first call, s": lambda measure: f"{measure.timing.first_call:.1f}"}
     result = Table(title=title, title_justify="left")
     cells = {name: [show(measure) or NO_VALUE for measure in measures] for name, show in columns.items()}
@@ -140,7 +142,8 @@ def _entry(measure: Measure, bandwidth: float) -> dict[str, Any]:
         "bytes": measure.moved, "achieved_bandwidth": measure.moved / measure.median,
         "floor": measure.moved / bandwidth, "share_of_floor": measure.moved / bandwidth / measure.median,
         "accept_length": measure.accept_length, "inner_rounds": measure.inner_rounds,
-        "first_call": measure.timing.first_call, "held_bytes": measure.held, "peak_bytes": measure.peak,
+        "call": measure.timing.call, "first_call": measure.timing.first_call,
+        "held_bytes": measure.held, "peak_bytes": measure.peak,
         "steps_per_run": measure.timing.steps, "runs": list(measure.timing.seconds)}
 
 

@@ -1,11 +1,13 @@
 """Parts of a round, each repeated in a jitted loop on the device, and the timing of such loops.
 
-Every step of a loop depends on the one before, and nothing goes to the host: of the tens of milliseconds of a run, the call
-that starts it takes about 0.2. Each run begins at the same state, whatever the run before has committed.
+Every step of a loop depends on the one before, and each run begins at the same state, whatever the run before has committed.
+A step's time is the difference of two calls, of many steps and of one: starting a call on a model's thousand arrays takes
+milliseconds, which are the call's and no step's.
 """
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ from specmq_jax.llama import Llama
 from specmq_jax.tree import DraftTree
 from specmq_jax.verification import verify
 
-_RUN_SECONDS, _MOST_STEPS = 0.04, 64
+_RUN_SECONDS, _MOST_STEPS = 0.2, 64
 _BRANCHES = 10
 
 Loop = Callable[[Any, Any, Array], Any]
@@ -31,15 +33,23 @@ Loop = Callable[[Any, Any, Array], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds a step in each run, steps a run, and seconds of the first call, of one step, which compiles."""
+    """Times of a loop's runs.
+
+    Attributes:
+      seconds: a step's, in each run.
+      steps: of a run.
+      first_call: seconds of the first call, of one step, which compiles.
+      call: seconds that a later call takes besides its steps; None where it could not be told from them.
+    """
 
     seconds: tuple[float, ...]
     steps: int
     first_call: float
+    call: float | None = None
 
 
 def time_loop(loop: Loop, params: Any, carry: Any, *, runs: int, most: int = _MOST_STEPS) -> tuple[Timing, Any, Any]:
-    """Times runs of a loop, of as many steps as last 40 ms, 64 at most.
+    """Times runs of a loop, of as many steps as last 0.2 s, 64 at most, each beside a run of one step.
 
     Args:
       loop: to time.
@@ -66,12 +76,20 @@ def time_loop(loop: Loop, params: Any, carry: Any, *, runs: int, most: int = _MO
     most = min(most, _MOST_STEPS)
     carry, first_call = run(carry, 1)
     carry, trial = run(carry, min(4, most))
-    steps = min(most, math.ceil(_RUN_SECONDS / trial * min(4, most)))
-    seconds = []
+    steps = min(most, max(2, math.ceil(_RUN_SECONDS / trial * min(4, most))))
+    short, long = [], []
     for _ in range(runs):
+        if steps > 1:
+            carry, taken = run(carry, 1)
+            short.append(taken)
         carry, taken = run(carry, steps)
-        seconds.append(taken / steps)
-    return Timing(seconds=tuple(seconds), steps=steps, first_call=first_call), carry, _rewound(carry, kept)
+        long.append(taken)
+    if not short:
+        return Timing(seconds=tuple(long), steps=1, first_call=first_call), carry, _rewound(carry, kept)
+    one = statistics.median(short)
+    seconds = tuple((taken - one) / (steps - 1) for taken in long)
+    timing = Timing(seconds=seconds, steps=steps, first_call=first_call, call=one - statistics.median(seconds))
+    return timing, carry, _rewound(carry, kept)
 
 
 def repeated_pass(module: Llama) -> Loop:
