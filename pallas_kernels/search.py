@@ -7,7 +7,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,13 +119,20 @@ class _Bench:
             while batch := self._neighbours(candidates):
                 self._try(batch)
         finalists = dict.fromkeys([heuristic, *self._ranked()[:_FINALISTS]])
-        for config in finalists:
-            self.search.check_time()
-            self.seconds[config] = self._time(config, lambda run_time, case: statistics.median(
-                run_time() for _ in range(_FINAL_RUNS)))
+        self._time_in_turns(finalists)
         winner = min(finalists, key=self._score)
         return Result(config=winner, heuristic_seconds=self.seconds[heuristic], seconds=self.seconds[winner],
                       tried=len(self.tried), failed=tuple(self.failed), wrong=self.wrong)
+
+    def _time_in_turns(self, configs: Collection[Any]) -> None:
+        """Medians of many runs each. A GPU at its limit of power slows down while it is measured: whoever comes first would
+        win."""
+        turns = {config: [] for config in configs}
+        for _ in range(_FINAL_RUNS):
+            self.search.check_time()
+            for config, seconds in turns.items():
+                seconds.append(self._time(config, lambda run_time, case: run_time()))
+        self.seconds |= {config: tuple(map(statistics.median, zip(*seconds, strict=True))) for config, seconds in turns.items()}
 
     def _try(self, batch: Sequence[Any]) -> None:
         """Compiles all of a batch, then runs, checks and times one after the other."""
