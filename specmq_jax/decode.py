@@ -7,7 +7,6 @@ function of the past and the committed tokens are exactly those that plain decod
 
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.llama import Llama
 from specmq_jax.memory import check_room, tree_bytes
 from specmq_jax.model import Model, check_tokens
+from specmq_jax.phases import PhaseTimes, measure_phases
 from specmq_jax.tree import Accepted, DraftTree
 from specmq_jax.verification import verify
 
@@ -87,16 +87,6 @@ class Generation:
     draft_accept_lengths: Int32[np.ndarray, "n"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseTimes:
-    """Median seconds of a prefill (drafter's included) and of one round and its parts, measured inside jitted loops."""
-
-    prefill: float
-    draft: float
-    verify: float
-    round: float
-
-
 class Decoder:
     """Decodes one sequence at a time with a target model and a drafter.
 
@@ -141,10 +131,7 @@ class Decoder:
         self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
         self._score = jax.jit(self._logits_of)
         self._draw = jax.jit(self._draw_after)
-        loop = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options())
-        self._run = loop(self._run_rounds)
-        self._time_draft = loop(self._repeat_draft)
-        self._time_verify = loop(self._repeat_verify)
+        self._run = jax.jit(self._run_rounds, donate_argnums=1, compiler_options=compiler_options())
 
     @property
     def params(self) -> Params:
@@ -248,31 +235,12 @@ class Decoder:
         return self.target.weight_bytes + self.drafter.round_bytes + live_length * row
 
     def phase_times(self, prompt_ids: Sequence[int], *, repeats: int = 3) -> PhaseTimes:
-        """Measures the parts of a round behind this prompt, each in a jitted loop of its own, apart from `generate`.
+        """Measures the parts of a round behind this prompt, apart from `generate`: medians of `repeats` runs.
 
         Raises:
           UserError: as in `prefill`, or the cache has no room for a round behind the prompt.
         """
-        room = (self.config.max_len - len(prompt_ids)) // self.drafter.tree_size
-        if room < 1:
-            raise UserError(f"a prompt of {len(prompt_ids)} tokens leaves no room in a cache of {self.config.max_len}")
-        rounds = min(8, room)
-
-        def fresh() -> DecodeState:
-            state = self.prefill(prompt_ids)
-            return jax.block_until_ready(self._placed(state.replace(
-                done=jnp.asarray(False), stop_tokens=-jnp.ones_like(state.stop_tokens))))
-
-        def median(loop: Callable[[Params, DecodeState, Array], Any]) -> float:
-            times = self._placed(jnp.int32(rounds))
-            jax.block_until_ready(loop(self.params, fresh(), times))
-            return statistics.median(_seconds(lambda s: loop(self.params, s, times), fresh()) for _ in range(repeats)
-                                     ) / rounds
-
-        fresh()
-        prefill = statistics.median(sum(self.timed_prefill(prompt_ids)[1:]) for _ in range(repeats))
-        draft = 0.0 if self.drafter.max_depth == 0 else median(self._time_draft)
-        return PhaseTimes(prefill=prefill, draft=draft, verify=median(self._time_verify), round=median(self._run))
+        return measure_phases(self, prompt_ids, repeats)
 
     def _checked(self, prompt_ids: Sequence[int]) -> Int32[np.ndarray, "n"]:
         prompt = check_tokens(prompt_ids, self.target.config)
@@ -333,31 +301,14 @@ class Decoder:
     def _round(self, params: Params, state: DecodeState) -> DecodeState:
         root = state.tokens[state.length - 1]
         tree, drafter = self.drafter.propose(params[1], state.drafter, root)
-        accepted, cache = self._verify(params[0], state, tree)
+        accepted, cache = self.verify(params[0], state, tree)
         drafter = self.drafter.advance(params[1], drafter, accepted)
         return _commit(state, accepted).replace(cache=cache, drafter=drafter)
 
-    def _verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
+    def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
+        """A round's verification with the target's parameters: what is accepted of a draft, and the cache that keeps it."""
         return verify(self._module, params, state.cache, tree,
                       lambda logits: self.config.sampling(logits, state.length + tree.depth, state.key))
-
-    def _repeat_draft(self, params: Params, state: DecodeState, times: Int32[Array, ""]) -> DecodeState:
-        def body(_: Array, state: DecodeState) -> DecodeState:
-            tree, drafter = self.drafter.propose(params[1], state.drafter, state.tokens[0])
-            return state.replace(drafter=drafter, tokens=state.tokens.at[0].set(jnp.maximum(tree.tokens[-1], 0)))
-
-        return jax.lax.fori_loop(0, times, body, state)
-
-    def _repeat_verify(self, params: Params, state: DecodeState, times: Int32[Array, ""]) -> DecodeState:
-        shape = jax.eval_shape(lambda: self.drafter.propose(params[1], state.drafter, state.length)[0])
-
-        def body(_: Array, state: DecodeState) -> DecodeState:
-            tokens = state.tokens[:shape.size]
-            tree = DraftTree.chain(tokens).replace(max_depth=shape.max_depth, is_chain=shape.is_chain)
-            accepted, cache = self._verify(params[0], state, tree)
-            return state.replace(cache=cache.rewind(state.cache.length), tokens=state.tokens.at[0].set(accepted.tokens[0]))
-
-        return jax.lax.fori_loop(0, times, body, state)
 
 
 def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:
@@ -388,9 +339,3 @@ def _commit(state: DecodeState, accepted: Accepted) -> DecodeState:
         tokens=jax.lax.dynamic_update_slice(state.tokens, accepted.tokens, (state.length,)), length=length,
         done=jnp.any(stops & (slots < count)) | (length >= state.limit),
         accept_lengths=state.accept_lengths.at[state.rounds].set(accepted.count), rounds=state.rounds + 1)
-
-
-def _seconds(function: Callable[[DecodeState], Any], state: DecodeState) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(state))
-    return time.perf_counter() - start

@@ -70,6 +70,14 @@ def test_a_stop_token_cuts_the_output_wherever_it_stands_in_an_accepted_run(tiny
         assert [t for part in decoder.stream(prompt, NEW) for t in part] == cut
 
 
+def test_the_phases_of_a_round_take_time(tiny, tiny_draft, plain):
+    assert plain.phase_times(PROMPTS[3]).draft == 0
+    phases = sm.Decoder(tiny, sm.ChainDrafter(tiny_draft, 3), sm.DecodeConfig(max_len=256)).phase_times(PROMPTS[3])
+    assert min(phases.prefill, phases.draft, phases.verify, phases.round) > 0
+    with pytest.raises(sm.UserError, match="leaves no room"):
+        sm.Decoder(tiny, sm.ChainDrafter(tiny_draft, 3), sm.DecodeConfig(max_len=12)).phase_times(PROMPTS[3])
+
+
 def test_rounds_by_hand_equal_generate(tiny, tiny_draft, plain):
     decoder = sm.Decoder(tiny, sm.ChainDrafter(tiny_draft, 3), sm.DecodeConfig(max_len=256))
     state = decoder.prefill(PROMPTS[5], 20)
