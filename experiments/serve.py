@@ -41,7 +41,7 @@ class ServedModel:
         return self._assistant.answer_text(stop_strings)
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int | None, key: RequestKey) -> Iterator[list[int]]:
-        return self._decoder.stream(prompt, max_new_tokens, key=key, rounds=1)
+        return self._decoder.stream(prompt, max_new_tokens, key=key)
 
     def compile(self) -> None:
         """Compiles what requests will need."""

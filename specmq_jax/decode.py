@@ -32,6 +32,7 @@ from specmq_jax.verification import verify
 
 Params = tuple[Any, Any]
 """The target's parameters and the drafter's."""
+_SHORT_CALL = 0.025
 
 
 @flax.struct.dataclass
@@ -209,18 +210,26 @@ class Decoder:
                           draft_accept_lengths=self.drafter.accept_lengths(state.drafter))
 
     def stream(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None,
-               key: Any = None, rounds: int = 4) -> Iterator[list[int]]:
-        """Yields new token ids as they are committed, `rounds` rounds at a time; the same tokens as `generate`. The first
-        list is the first token, drawn behind the prompt. Arguments and errors as in `prefill`."""
+               key: Any = None, rounds: int | None = None) -> Iterator[list[int]]:
+        """Yields new token ids as they are committed, the same tokens as `generate`, some rounds at a time.
+
+        The first list is the first token, drawn behind the prompt. Other arguments and errors as in `prefill`.
+
+        Args:
+          rounds: of a list; by default one at first, and twice as many as long as they take less than 25 ms: to start some
+            takes milliseconds of its own.
+        """
         state = self.prefill(prompt_ids, max_new_tokens, seed=seed, key=key)
-        sent, most = len(prompt_ids), self._placed(jnp.int32(rounds))
+        sent, count = len(prompt_ids), rounds or 1
         while True:
-            length, done = int(state.length), bool(state.done)
-            yield np.asarray(state.tokens)[sent:length].tolist()
+            tokens, length, done = jax.device_get((state.tokens, state.length, state.done))
+            yield tokens[sent:length].tolist()
             if done:
                 return
-            sent = length
-            state = self._run(self.params, state, most)
+            sent, start = length, time.perf_counter()
+            state = jax.block_until_ready(self._run(self.params, state, self._placed(jnp.int32(count))))
+            if rounds is None and time.perf_counter() - start < _SHORT_CALL:
+                count *= 2
 
     def next_logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "V"]:
         """f32 scores of the target for the token behind these, from the same compiled passes as a prefill; errors as there."""

@@ -8,6 +8,7 @@ from fakes import OracleDrafter, tiny_config
 from scipy import stats
 
 import specmq_jax as sm
+from specmq_jax import decode
 
 PROMPTS = [np.random.default_rng(i).integers(0, 61, 1 + 3 * i).tolist() for i in range(20)]
 NEW = 40
@@ -68,6 +69,15 @@ def test_a_stop_token_cuts_the_output_wherever_it_stands_in_an_accepted_run(tiny
             found = decoder.generate(prompt, NEW)
             assert found.tokens.tolist() == cut and found.stopped
         assert [t for part in decoder.stream(prompt, NEW) for t in part] == cut
+
+
+@pytest.mark.parametrize(("short", "rounds", "sizes"), [
+    (np.inf, None, [1, 1, 2, 4, 8, 16, 8]), (0.0, None, [1] * NEW), (np.inf, 3, [1] + 13 * [3])])
+def test_a_stream_takes_more_rounds_a_call_as_long_as_calls_are_short(monkeypatch, plain, short, rounds, sizes):
+    monkeypatch.setattr(decode, "_SHORT_CALL", short)
+    parts = list(plain.stream(PROMPTS[3], NEW, rounds=rounds))
+    assert [len(part) for part in parts] == sizes
+    assert sum(parts, []) == plain.generate(PROMPTS[3], NEW).tokens.tolist()
 
 
 def test_the_phases_of_a_round_take_time(tiny, tiny_draft, plain):
