@@ -291,7 +291,7 @@ def silu_mul(rows: int, intermediate: int, splits: int) -> Case:
         return (jax.random.normal(key, (splits, rows, 2 * intermediate)),)
 
     return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make,
-                run=lambda config, implementation, gate_up: (mlp.silu_mul(gate_up, out_dtype=jnp.float16),),
+                run=lambda config, implementation, gate_up: (mlp.silu_mul(gate_up, out_dtype=jnp.float16)[0],),
                 traffic=rows * intermediate * (8 * splits + 2))
 
 
@@ -302,7 +302,7 @@ def rounded_silu_mul(rows: int, intermediate: int, splits: int) -> Case:
         return (jax.random.normal(key, (splits, rows, 2 * intermediate), jnp.float16),)
 
     def run(config, implementation, gate_up):
-        values, peaks = mlp.silu_mul_peaks(gate_up, out_dtype=jnp.float16, implementation=implementation)
+        values, peaks = mlp.silu_mul(gate_up, out_dtype=jnp.float16, with_peaks=True, implementation=implementation)
         return w8a8.quantise_rows(values, peaks=peaks, implementation=implementation)
 
     return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make, run=run,

@@ -126,7 +126,7 @@ class AddNorm(nn.Module):
             return residual, Normed(values)
         residual, values, row_scale, peaks = norm_kernels.add_rms_norm_deferred(
             residual, update, scale, eps=self.eps, out_dtype=self.format.dtype,
-            with_peaks=self.format.activation_bits == 8, reproducible=self.reproducible)
+            with_peaks=self.format.wants_peaks, reproducible=self.reproducible)
         return residual, Normed(values, row_scale, peaks)
 
 
@@ -167,10 +167,8 @@ class Mlp(nn.Module):
     def __call__(self, x: Normed) -> Float[Array, "S M D"]:
         linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
         gate_up = linear(2 * self.intermediate_size, name="gate_up")(x.values, x.peaks)
-        if self.format.activation_bits == 8:
-            hidden, peaks = mlp_kernels.silu_mul_peaks(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale)
-        else:
-            hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale), None
+        hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale,
+                                             with_peaks=self.format.wants_peaks)
         return linear(x.values.shape[-1], name="down")(hidden, peaks)
 
 

@@ -12,55 +12,36 @@ from pallas_kernels.partials import add_up
 MOST_PEAKED_ROWS = 64
 
 
-def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale: RowScale | None = None
-             ) -> Float[Array, "M I"]:
+def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale: RowScale | None = None,
+             with_peaks: bool = False, implementation: str | None = None
+             ) -> tuple[Float[Array, "M I"], Float[Array, "M C"] | None]:
     """silu(gate) * up of SwiGLU (arXiv:2002.05202), with gate in columns [0, I) and up in [I, 2I).
 
-    It has no Pallas form: every operation is elementwise over slices of one array, which XLA already turns into a single
-    launch that reads each partial sum once.
+    Alone it has no Pallas form: every operation is elementwise over slices of one array, which XLA already turns into a
+    single launch that reads each partial sum once. With the peaks it is a kernel.
 
     Args:
       gate_up: [S, M, 2I] partial sums, added in f32 in order of S.
       out_dtype: of the result.
       row_scale: a factor that gate_up's rows are still owed.
+      with_peaks: also finds what `w8a8.quantise_rows` asks for.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
-      out_dtype[M, I].
+      out_dtype[M, I], and the largest magnitudes in C parts of each of its rows, f32[M, C]; None instead where they aren't
+      wanted, in the reference, and for more than `MOST_PEAKED_ROWS`, whose rounding fills a GPU with a program a row.
 
     Raises:
-      ValueError: not three axes, no partial sum, or an odd last axis.
+      ValueError: not three axes, no partial sum, an odd last axis, or an unknown implementation.
     """
-    _check(gate_up)
+    if gate_up.ndim != 3 or gate_up.shape[0] < 1 or gate_up.shape[2] % 2:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; expected [S, M, 2 * intermediate]")
+    chosen = launch.choose(implementation)
+    if with_peaks and chosen != "reference" and gate_up.shape[1] <= MOST_PEAKED_ROWS:
+        return kernel.silu_mul(gate_up, row_scale, out_dtype=jnp.dtype(out_dtype), interpret=chosen == "interpret")
     inner = gate_up.shape[2] // 2
     gate, up = add_up(gate_up[:, :, :inner]), add_up(gate_up[:, :, inner:])
     if row_scale is not None:
         scale = row_scale.values[:, None]
         gate, up = gate * scale, up * scale
-    return (jax.nn.silu(gate) * up).astype(out_dtype)
-
-
-def silu_mul_peaks(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale: RowScale | None = None,
-                   implementation: str | None = None) -> tuple[Float[Array, "M I"], Float[Array, "M C"] | None]:
-    """`silu_mul` and what `w8a8.quantise_rows` asks for: the largest magnitudes in C parts of each row.
-
-    Args:
-      gate_up, out_dtype, row_scale: as in `silu_mul`.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own.
-
-    Returns:
-      out_dtype[M, I] and f32[M, C], of these values; None instead in the reference, and for more than `MOST_PEAKED_ROWS`,
-      whose rounding fills a GPU with a program a row.
-
-    Raises:
-      ValueError: as `silu_mul`, or an unknown implementation.
-    """
-    _check(gate_up)
-    chosen = launch.choose(implementation)
-    if chosen == "reference" or gate_up.shape[1] > MOST_PEAKED_ROWS:
-        return silu_mul(gate_up, out_dtype=out_dtype, row_scale=row_scale), None
-    return kernel.silu_mul(gate_up, row_scale, out_dtype=jnp.dtype(out_dtype), interpret=chosen == "interpret")
-
-
-def _check(gate_up: Array) -> None:
-    if gate_up.ndim != 3 or gate_up.shape[0] < 1 or gate_up.shape[2] % 2:
-        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; expected [S, M, 2 * intermediate]")
+    return (jax.nn.silu(gate) * up).astype(out_dtype), None

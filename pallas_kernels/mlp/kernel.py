@@ -46,7 +46,7 @@ def _body(gate_up_ref, *refs, chunk: int, splits: int, inverse_rms: Callable[[Ar
 @functools.partial(jax.jit, static_argnames=("out_dtype", "interpret"))
 def silu_mul(gate_up: Float[Array, "S M 2I"], row_scale: RowScale | None, *, out_dtype: jnp.dtype, interpret: bool
              ) -> tuple[Float[Array, "M I"], Float[Array, "M C"]]:
-    """See `api.silu_mul_peaks`."""
+    """See `api.silu_mul`."""
     splits, rows, columns = gate_up.shape
     inner = columns // 2
     chunk = min(_CHUNK, launch.power_of_two(inner))

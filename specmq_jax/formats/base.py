@@ -35,6 +35,11 @@ class WeightFormat(abc.ABC):
     """Bits of an activation in the product: 8 where each token's are rounded, else 16 or more."""
 
     @property
+    def wants_peaks(self) -> bool:
+        """Whether `matmul` has use for the largest magnitudes of its rows."""
+        return self.activation_bits == 8
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether a last bit of an activation may become a whole step of the product where that is cheap to avoid: a decoder
         then attends so that no row's bits depend on other rows."""

@@ -7,7 +7,7 @@ import pytest
 from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
 
-from pallas_kernels.mlp import silu_mul, silu_mul_peaks
+from pallas_kernels.mlp import silu_mul
 from pallas_kernels.norm import RowScale
 
 
@@ -16,7 +16,8 @@ def check(splits: int, rows: int, inner: int) -> None:
     partials = (rng.normal(size=(splits, rows, 2 * inner)) * 3).astype(np.float32)
     total = partials.astype(np.float64).sum(0)
     gate, up = total[:, :inner], total[:, inner:]
-    out = silu_mul(jnp.asarray(partials), out_dtype=jnp.float16)
+    out, peaks = silu_mul(jnp.asarray(partials), out_dtype=jnp.float16)
+    assert peaks is None
     assert out.dtype == jnp.float16
     assert relative_error(out, gate / (1 + np.exp(-gate)) * up) < 5e-4
 
@@ -40,8 +41,9 @@ def check_peaks(splits: int, rows: int, inner: int, implementation: str) -> None
     partials = jnp.asarray(rng.normal(size=(splits, rows, 2 * inner)) * 3, jnp.float32)
     scale = RowScale(jnp.asarray(rng.uniform(1, 9, (rows, 3)), jnp.float32), 32, 1e-5)
     for owed in (None, scale):
-        values, peaks = silu_mul_peaks(partials, out_dtype=jnp.float16, row_scale=owed, implementation=implementation)
-        expected = silu_mul(partials, out_dtype=jnp.float16, row_scale=owed)
+        values, peaks = silu_mul(partials, out_dtype=jnp.float16, row_scale=owed, with_peaks=True,
+                                 implementation=implementation)
+        expected, _ = silu_mul(partials, out_dtype=jnp.float16, row_scale=owed)
         assert values.dtype == jnp.float16
         assert relative_error(values, np.asarray(expected, np.float64)) < 1e-4
         assert (peaks is None) == (implementation == "reference" or rows > 64)
@@ -58,17 +60,17 @@ def test_finds_the_peaks_of_what_it_gates(splits, rows, inner, implementation):
 @pytest.mark.parametrize("inner", [1536, 14336, 28672])
 def test_with_peaks_it_is_one_launch(inner):
     def function(gate_up, squares):
-        return silu_mul_peaks(gate_up, out_dtype=jnp.float16, row_scale=RowScale(squares, 4096, 1e-5),
-                              implementation="kernel")
+        return silu_mul(gate_up, out_dtype=jnp.float16, row_scale=RowScale(squares, 4096, 1e-5), with_peaks=True,
+                        implementation="kernel")
 
     avals = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 30, 2 * inner), (30, 8))]
     assert launches(cuda_text(function, *avals)) == 1
 
 
-@pytest.mark.parametrize("function", [silu_mul, silu_mul_peaks])
-def test_rejects_an_odd_width(function):
+@pytest.mark.parametrize("with_peaks", [False, True])
+def test_rejects_an_odd_width(with_peaks):
     with pytest.raises(ValueError, match=r"gate_up has shape \[1, 2, 7\]"):
-        function(jnp.zeros((1, 2, 7)), out_dtype=jnp.float16)
+        silu_mul(jnp.zeros((1, 2, 7)), out_dtype=jnp.float16, with_peaks=with_peaks)
 
 
 def test_applies_the_factor_that_a_deferred_norm_owes():
@@ -76,6 +78,6 @@ def test_applies_the_factor_that_a_deferred_norm_owes():
     partials = rng.normal(size=(3, 5, 16)).astype(np.float32)
     scale = RowScale(jnp.asarray(rng.uniform(1, 9, (5, 2)), jnp.float32), 32, 1e-5)
     factor = 1 / np.sqrt(np.asarray(scale.squares, np.float64).sum(1) / 32 + 1e-5)
-    paid = silu_mul(jnp.asarray(partials * factor[:, None], jnp.float32), out_dtype=jnp.float32)
-    owed = silu_mul(jnp.asarray(partials), out_dtype=jnp.float32, row_scale=scale)
+    paid, _ = silu_mul(jnp.asarray(partials * factor[:, None], jnp.float32), out_dtype=jnp.float32)
+    owed, _ = silu_mul(jnp.asarray(partials), out_dtype=jnp.float32, row_scale=scale)
     assert relative_error(owed, paid) < 1e-6
