@@ -33,6 +33,7 @@ from specmq_jax.verification import verify
 Params = tuple[Any, Any]
 """The target's parameters and the drafter's."""
 _SHORT_CALL = 0.025
+"""Seconds of a stream's call: behind a shorter one the next has twice as many rounds."""
 
 
 @flax.struct.dataclass
@@ -231,6 +232,11 @@ class Decoder:
             if rounds is None and time.perf_counter() - start < _SHORT_CALL:
                 count *= 2
 
+    def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
+        """A round's verification with the target's parameters: what is accepted of a draft, and the cache that keeps it."""
+        return verify(self._module, params, state.cache, tree,
+                      lambda logits: self.config.sampling(logits, state.length + tree.depth, state.key))
+
     def next_logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "V"]:
         """f32 scores of the target for the token behind these, from the same compiled passes as a prefill; errors as there."""
         hidden, _, _ = self._ingest_all(self._checked(token_ids))
@@ -313,11 +319,6 @@ class Decoder:
         accepted, cache = self.verify(params[0], state, tree)
         drafter = self.drafter.advance(params[1], drafter, accepted)
         return _commit(state, accepted).replace(cache=cache, drafter=drafter)
-
-    def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
-        """A round's verification with the target's parameters: what is accepted of a draft, and the cache that keeps it."""
-        return verify(self._module, params, state.cache, tree,
-                      lambda logits: self.config.sampling(logits, state.length + tree.depth, state.key))
 
 
 def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:
