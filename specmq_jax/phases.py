@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +44,17 @@ def measure_phases(decoder: "Decoder", prompt_ids: Sequence[int], repeats: int) 
         endless = state.replace(done=jnp.asarray(False), stop_tokens=-jnp.ones_like(state.stop_tokens))
         return jax.block_until_ready(jax.device_put(endless, state.tokens.sharding))
 
-    def seconds(loop: _Loop, count: int) -> float:
+    def taken(loop: _Loop, count: int) -> float:
         state = fresh()
         times = jax.device_put(jnp.int32(count), state.tokens.sharding)
+        start = time.perf_counter()
         jax.block_until_ready(loop(decoder.params, state, times))
-        return statistics.median(_seconds(lambda state: loop(decoder.params, state, times), fresh()) for _ in range(repeats))
+        return time.perf_counter() - start
 
     def median(loop: _Loop) -> float:
-        one = seconds(loop, 1)
-        return (seconds(loop, rounds) - one) / (rounds - 1) if rounds > 1 else one
+        taken(loop, 1)  # compiles
+        one, several = (statistics.median(taken(loop, count) for _ in range(repeats)) for count in (1, rounds))
+        return (several - one) / (rounds - 1) if rounds > 1 else one
 
     fresh()
     prefill = statistics.median(sum(decoder.timed_prefill(prompt_ids)[1:]) for _ in range(repeats))
@@ -84,9 +86,3 @@ def _repeated(body: Callable[["Params", "DecodeState"], "DecodeState"]) -> _Loop
         return jax.lax.fori_loop(0, times, lambda _, state: body(params, state), state)
 
     return jax.jit(loop, donate_argnums=1, compiler_options=compiler_options())
-
-
-def _seconds(function: Callable[["DecodeState"], Any], state: "DecodeState") -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(state))
-    return time.perf_counter() - start
