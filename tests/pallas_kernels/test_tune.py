@@ -1,6 +1,7 @@
 """The tuner: what it chooses, what it keeps, and that the ops read their tables under the keys it writes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -115,6 +116,19 @@ def test_the_fastest_config_with_the_right_result_is_chosen():
     assert result.config == FakeConfig(work=3)
     assert result.seconds < result.heuristic_seconds
     assert (result.tried, result.wrong, result.failed) == (6, 2, ("no room for 7",))
+
+
+def test_a_machine_that_slows_down_while_it_is_measured_favours_nobody(monkeypatch):
+    calls, costs, compile_loop = itertools.count(), {}, timing.compile_loop
+
+    def compile_known(step, *operands, **options):
+        loop = compile_loop(step, *operands, **options)
+        costs[id(loop)] = (step.args[0] or FakeConfig()).work
+        return loop
+
+    monkeypatch.setattr(timing, "compile_loop", compile_known)
+    monkeypatch.setattr(timing, "run_time", lambda loop, operands: costs[id(loop)] * (1 + 0.01 * next(calls)))
+    assert best(problem("a", FakeConfig(work=10), heuristic=FakeConfig(work=11)), Search()).config == FakeConfig(work=10)
 
 
 def test_the_heuristic_stays_where_nothing_is_faster():
