@@ -6,18 +6,17 @@ In f16 they are half the bytes that a launch writes and the next one reads, for 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.finite import narrowed
+
 
 def sums_dtype(halves: bool) -> jnp.dtype:
     """f16 for halves, else f32."""
     return jnp.dtype(jnp.float16 if halves else jnp.float32)
 
 
-def held(values: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """Rounded to `dtype`; what lies beyond its range ends at its largest value."""
-    if dtype == values.dtype:
-        return values
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.minimum(jnp.maximum(values, -largest), largest).astype(dtype)
+def stored(values: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """The sums in `dtype`; NaN where they leave its range."""
+    return values if dtype == values.dtype else narrowed(values, dtype)
 
 
 def add_up(partials: Float[Array, "S M N"]) -> Float[Array, "M N"]:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
-from pallas_kernels.partials import held
+from pallas_kernels.partials import stored
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 BLOCK_ROWS = 64
@@ -144,7 +144,7 @@ class Cut:
 
     def store(self, out_ref: Any, values: Float[Array, "n m"], rows: int) -> None:
         """Writes the share's partial product, transposed back, in out_ref's dtype."""
-        plgpu.store(out_ref.at[(self.share * rows + self.row)[None, :], self.output[:, None]], held(values, out_ref.dtype),
+        plgpu.store(out_ref.at[(self.share * rows + self.row)[None, :], self.output[:, None]], stored(values, out_ref.dtype),
                     mask=both(self.output_mask, self.row_mask))
 
 

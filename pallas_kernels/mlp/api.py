@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import launch
+from pallas_kernels.finite import narrowed
 from pallas_kernels.mlp import kernel
 from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.partials import add_up
@@ -28,8 +29,9 @@ def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
-      out_dtype[M, I], and the largest magnitudes in C parts of each of its rows, f32[M, C]; None instead where they aren't
-      wanted, in the reference, and for more than `MOST_PEAKED_ROWS`, whose rounding fills a GPU with a program a row.
+      out_dtype[M, I], NaN beyond its range, and the largest magnitudes in C parts of each of its rows, f32[M, C], infinite for
+      a NaN; None instead where they aren't wanted, in the reference, and for more than `MOST_PEAKED_ROWS`, whose rounding fills
+      a GPU with a program a row.
 
     Raises:
       ValueError: not three axes, no partial sum, an odd last axis, or an unknown implementation.
@@ -44,4 +46,4 @@ def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale
     if row_scale is not None:
         scale = row_scale.values[:, None]
         gate, up = gate * scale, up * scale
-    return (jax.nn.silu(gate) * up).astype(out_dtype), None
+    return narrowed(jax.nn.silu(gate) * up, out_dtype), None

@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import launch
+from pallas_kernels.finite import magnitudes, narrowed
 from pallas_kernels.norm.row_scale import RowScale, inverse_rms
 
 _CHUNK = 1024  # columns a program
@@ -38,9 +39,9 @@ def _body(gate_up_ref, *refs, chunk: int, splits: int, inverse_rms: Callable[[Ar
     if squares_ref is not None:
         scale = inverse_rms(jnp.sum(squares))
         gate, up = gate * scale, up * scale
-    values = (jax.nn.silu(gate) * up).astype(out_ref.dtype)
+    values = narrowed(jax.nn.silu(gate) * up, out_ref.dtype)
     plgpu.store(out_ref.at[row, lanes], values, mask=mask)
-    plgpu.store(peaks_ref.at[row, part], jnp.max(jnp.abs(values.astype(jnp.float32))))
+    plgpu.store(peaks_ref.at[row, part], jnp.max(magnitudes(values.astype(jnp.float32))))
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "interpret"))

@@ -61,8 +61,9 @@ def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, 
     Returns:
       The summed residual, f32[M, D]; out_dtype[M, D] and the factor that makes it the normalised rows, None where they
       are normalised already: in the reference, and for more than `MOST_DEFERRED_ROWS`, which fill a GPU as they are.
-      Values beyond out_dtype's range, which a factor of a later launch can't bring back, end at its largest. Last the
-      largest magnitudes of each chunk of these values, f32[M, C]; None where there is no factor, or they aren't wanted.
+      Values beyond out_dtype's range, which a factor of a later launch can't bring back, are NaN. Last the largest
+      magnitudes of each chunk of these values, f32[M, C], infinite where one is NaN; None where there is no factor, or they
+      aren't wanted.
 
     Raises:
       ValueError: as in `add_rms_norm`.

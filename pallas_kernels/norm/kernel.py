@@ -10,6 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import launch
+from pallas_kernels.finite import magnitudes, narrowed
+from pallas_kernels.norm.row_scale import inverse_rms
 
 _BATCH = 8  # partial sums in flight, which is what registers have room for
 
@@ -41,10 +43,9 @@ def _body(*refs, eps: float, block: int, splits: int):
                  for split in range(first, min(first + _BATCH, splits))]
         for part in parts:
             total += part.astype(jnp.float32)
-    mean_square = jnp.sum(total * total) / columns
-    normed = total * jax.lax.rsqrt(mean_square + eps) * weight
+    normed = total * inverse_rms(jnp.sum(total * total), columns, eps) * weight
     plgpu.store(out_ref.at[row, lanes], total, mask=mask)
-    plgpu.store(normed_ref.at[row, lanes], normed.astype(normed_ref.dtype), mask=mask)
+    plgpu.store(normed_ref.at[row, lanes], narrowed(normed, normed_ref.dtype), mask=mask)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "out_dtype", "config", "interpret"))
@@ -77,13 +78,12 @@ def _scale_body(*refs, chunk: int, splits: int, with_peaks: bool):
              for split in range(splits)]
     for each in parts:
         total += each.astype(jnp.float32)
-    largest = float(jnp.finfo(scaled_ref.dtype).max)
-    scaled = jnp.minimum(jnp.maximum(total * weight, -largest), largest).astype(scaled_ref.dtype)
+    scaled = narrowed(total * weight, scaled_ref.dtype)
     plgpu.store(out_ref.at[row, lanes], total, mask=mask)
     plgpu.store(scaled_ref.at[row, lanes], scaled, mask=mask)
     plgpu.store(squares_ref.at[row, part], jnp.sum(total * total))
     for peaks_ref in peaks_refs:
-        plgpu.store(peaks_ref.at[row, part], jnp.max(jnp.abs(scaled.astype(jnp.float32))))
+        plgpu.store(peaks_ref.at[row, part], jnp.max(magnitudes(scaled.astype(jnp.float32))))
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "chunk", "with_peaks", "interpret"))

@@ -3,7 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.finite import fits
 
 
 @jax.tree_util.register_dataclass
@@ -31,5 +34,6 @@ class RowScale:
 
 
 def inverse_rms(square_sum: Float[Array, "..."], columns: int, eps: float) -> Float[Array, "..."]:
-    """1 / sqrt(mean + eps) of `columns` squares that add up to `square_sum`."""
-    return jax.lax.rsqrt(square_sum / columns + eps)
+    """1 / sqrt(mean + eps) of `columns` squares that add up to `square_sum`; NaN where the sum is not finite."""
+    # of an infinite sum the root's reciprocal would be 0, and the row would look like one of zeros
+    return jax.lax.rsqrt(jnp.where(fits(square_sum, square_sum.dtype), square_sum, jnp.nan) / columns + eps)

@@ -27,6 +27,9 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
       config: launch parameters; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
+    What is not finite, or leaves the range of the caches' dtype, is NaN in q and k. A value's own place is 0, since a row that
+    must not see it would multiply it by 0, and its key's is NaN instead, which attention hides from such a row.
+
     Returns:
       q [M, heads, head_dim] in the caches' dtype, and the two caches.
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
+from pallas_kernels.finite import fits, narrowed
 from pallas_kernels.norm.row_scale import RowScale, inverse_rms
 
 
@@ -43,7 +44,9 @@ def _body(qkv_ref, cos_ref, sin_ref, length_ref, _k_in, _v_in, *refs, config: Co
     lane = jnp.arange(launch.power_of_two(half))[None, :]
     mask = (row < rows) & (lane < half)
 
-    def half_head(offset: int) -> list[Array]:
+    is_key = head >= heads  # a program of a key has the value of the same head, too
+
+    def half_head(offset: int, mask: Array) -> list[Array]:
         column = head * head_dim + offset + lane
         return [plgpu.load(qkv_ref.at[split * rows + row, column], mask=mask, other=0) for split in range(splits)]
 
@@ -51,35 +54,37 @@ def _body(qkv_ref, cos_ref, sin_ref, length_ref, _k_in, _v_in, *refs, config: Co
     length = length_ref[0]
     cos = plgpu.load(cos_ref.at[row, lane], mask=mask, other=0)
     sin = plgpu.load(sin_ref.at[row, lane], mask=mask, other=0)
-    parts = half_head(0), half_head(half)
+    values = kv_heads * head_dim
+    parts = (half_head(0, mask), half_head(half, mask), half_head(values, mask & is_key),
+             half_head(values + half, mask & is_key))
     if squares_ref is not None:
         chunk = jnp.arange(launch.power_of_two(squares_ref.shape[1]))[None, :]
         inside = (chunk < squares_ref.shape[1]) & (row < rows)
         squares = plgpu.load(squares_ref.at[row, chunk], mask=inside, other=0.0)
-    a, b = (functools.reduce(operator.add, (part.astype(jnp.float32) for part in half_parts)) for half_parts in parts)
+    sums = [functools.reduce(operator.add, (part.astype(jnp.float32) for part in half_parts)) for half_parts in parts]
     if squares_ref is not None:
         scale = inverse_rms(jnp.sum(squares, axis=1))[:, None]
-        a, b = a * scale, b * scale
-    low, high = a * cos - b * sin, a * sin + b * cos
+        sums = [part * scale for part in sums]
+    a, b, low_value, high_value = sums
+    low, high = (narrowed(part, q_ref.dtype) for part in (a * cos - b * sin, a * sin + b * cos))
 
     def write(ref, target_row: Array, target_head: Array, low: Array, high: Array, mask: Array) -> None:
-        plgpu.store(ref.at[target_row, target_head, lane], low.astype(ref.dtype), mask=mask)
-        plgpu.store(ref.at[target_row, target_head, lane + half], high.astype(ref.dtype), mask=mask)
+        plgpu.store(ref.at[target_row, target_head, lane], low, mask=mask)
+        plgpu.store(ref.at[target_row, target_head, lane + half], high, mask=mask)
 
     target = length + row
     in_cache = mask & (target < k_ref.shape[0])  # a row past the end must not touch foreign memory
 
-    @pl.when(head < heads)
+    @pl.when(~is_key)
     def _():
         write(q_ref, row, head, low, high, mask)
 
-    @pl.when((head >= heads) & (head < heads + kv_heads))
+    @pl.when(is_key)
     def _():
-        write(k_ref, target, head - heads, low, high, in_cache)
-
-    @pl.when(head >= heads + kv_heads)
-    def _():
-        write(v_ref, target, head - heads - kv_heads, a, b, in_cache)
+        sound = fits(low_value, v_ref.dtype) & fits(high_value, v_ref.dtype)
+        write(k_ref, target, head - heads, *(jnp.where(sound, part, jnp.nan) for part in (low, high)), in_cache)
+        write(v_ref, target, head - heads, *(jnp.where(fits(part, v_ref.dtype), part, 0).astype(v_ref.dtype)
+                                             for part in (low_value, high_value)), in_cache)
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "kv_heads", "head_dim", "config", "interpret"))
@@ -98,7 +103,7 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
     return tuple(launch.call(
         body, (qkv.reshape(splits * rows, features), cos, sin, length.reshape(1), k_cache, v_cache, *squares),
         aliases={4: 1, 5: 2},
-        grid=(pl.cdiv(rows, config.rows), heads + 2 * kv_heads), num_warps=config.num_warps, num_stages=1,
+        grid=(pl.cdiv(rows, config.rows), heads + kv_heads), num_warps=config.num_warps, num_stages=1,
         interpret=interpret, name="rope_append",
         out_shape=(jax.ShapeDtypeStruct((rows, heads, head_dim), k_cache.dtype),
                    jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype),

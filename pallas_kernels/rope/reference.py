@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import exact
+from pallas_kernels.finite import fits, narrowed
 from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.partials import add_up
 
@@ -27,9 +28,15 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
     if row_scale is not None:
         total = total * row_scale.values[:, None]
     total = total.reshape(rows, heads + 2 * kv_heads, head_dim)
-    q = rotate(total[:, :heads], cos, sin)
-    k = rotate(total[:, heads:heads + kv_heads], cos, sin)
-    v = total[:, heads + kv_heads:]
-    start = (length, 0, 0)
-    return (q.astype(k_cache.dtype), jax.lax.dynamic_update_slice(k_cache, k.astype(k_cache.dtype), start),
-            jax.lax.dynamic_update_slice(v_cache, v.astype(v_cache.dtype), start))
+    q, k, v = jnp.split(total, (heads, heads + kv_heads), axis=1)
+    dtype, start = k_cache.dtype, (length, 0, 0)
+    q, k = (jnp.where(_pairwise(fits(x, jnp.float32)), narrowed(rotate(x, cos, sin), dtype), jnp.nan) for x in (q, k))
+    sound = fits(v, dtype)
+    k, v = jnp.where(_pairwise(sound), k, jnp.nan), jnp.where(sound, v, 0).astype(dtype)
+    return (q, jax.lax.dynamic_update_slice(k_cache, k, start), jax.lax.dynamic_update_slice(v_cache, v, start))
+
+
+def _pairwise(sound: Bool[Array, "M H d"]) -> Bool[Array, "M H d"]:
+    """Whether both of the pair that an element belongs to are."""
+    both = jnp.logical_and(*jnp.split(sound, 2, axis=-1))
+    return jnp.concatenate([both, both], axis=-1)

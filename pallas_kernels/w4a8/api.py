@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import launch, transposed
-from pallas_kernels.partials import held, sums_dtype
+from pallas_kernels.partials import stored, sums_dtype
 from pallas_kernels.w4a8 import expansion, kernel, reference
 from pallas_kernels.w4a8.layout import BLOCK, check_packed
 
@@ -25,7 +25,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
       packed: uint8[ceil(K / 128), N, 64], from `pack`.
       scales: f32[N].
       offsets: f32[N], or None for 8 * scales.
-      halves: gives the sums in f16, held to its range, which are half the bytes for a rounding like an activation's.
+      halves: gives the sums in f16, NaN beyond its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128 rows; for
         more, another one makes integers of the codes, and XLA multiplies them.
@@ -43,7 +43,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > kernel.MAX_ROWS:
         integers = _integers(packed, None, q.shape[1], offsets is not None, chosen)
-        return held(reference.channel_product(q, row_scales, sums, integers, scales, offsets), sums_dtype(halves))[None]
+        return stored(reference.channel_product(q, row_scales, sums, integers, scales, offsets), sums_dtype(halves))[None]
     config = config or _config(q, packed, "channel", offsets is not None, reproducible)
     return kernel.channel_partials(q, row_scales, sums if offsets is not None else None, packed, scales, offsets,
                                    halves=halves, config=config, interpret=chosen == "interpret")
@@ -83,7 +83,7 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
     chosen = launch.choose(implementation)
     if chosen == "reference" or len(q) > kernel.MAX_ROWS:
         integers = _integers(packed, groups, q.shape[1], zeros, chosen)
-        return held(reference.group_product(q, row_scales, integers, channel_scales), sums_dtype(halves))[None]
+        return stored(reference.group_product(q, row_scales, integers, channel_scales), sums_dtype(halves))[None]
     config = config or _config(q, packed, "groups", zeros, reproducible)
     return kernel.group_partials(q, row_scales, sums if zeros else None, packed, groups, channel_scales, saturates,
                                  halves=halves, config=config, interpret=chosen == "interpret")

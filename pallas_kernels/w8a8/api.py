@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import launch, transposed
-from pallas_kernels.partials import held, sums_dtype
+from pallas_kernels.partials import stored, sums_dtype
 from pallas_kernels.w8a8 import kernel, reference, rounding
 
 
@@ -53,7 +53,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
       q, row_scales: from `quantise_rows`.
       values: int8[N, K], a row for each output.
       scales: f32[N].
-      halves: gives the sums in f16, held to its range, which are half the bytes for a rounding like an activation's.
+      halves: gives the sums in f16, NaN beyond its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: as in `quantise_rows`. The kernel takes up to 64 rows; the reference multiplies more.
 
@@ -73,7 +73,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
     chosen, (rows, inner), outputs = launch.choose(implementation), q.shape, values.shape[0]
     if chosen == "reference" or rows > kernel.MAX_ROWS:
         product = reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None]
-        return held(product, sums_dtype(halves))[None]
+        return stored(product, sums_dtype(halves))[None]
     if config is None:
         fields = launch.tuned("w8a8", tuning_key(kernel.MAX_ROWS if reproducible else rows, inner, outputs))
         config = kernel.Config(**fields) if fields else kernel.heuristic(inner, outputs)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
+from pallas_kernels.finite import fits
+
 LARGEST = 127
 GROUP = 128
 """Columns whose codes are summed together."""
@@ -13,6 +15,7 @@ def quantise_rows(x: Float[Array, "M K"]) -> tuple[Int8[Array, "M K"], Float[Arr
     """See `api.quantise_rows`."""
     values = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(values), axis=1)
+    largest = jnp.where(fits(largest, jnp.float32), largest, jnp.nan)
     steps = jnp.where(largest == 0, 0.0, LARGEST / largest)  # a row of zeros stays one
     codes = jnp.clip(jnp.round(values * steps[:, None]), -LARGEST, LARGEST)
     return codes.astype(jnp.int8), largest / LARGEST

@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import launch
+from pallas_kernels.finite import fits, magnitudes
 from pallas_kernels.w8a8.reference import GROUP, LARGEST
 
 _CHUNK = 1024  # columns a program, where it need not look for the row's largest itself
@@ -38,11 +39,12 @@ def _body(x_ref, *refs, chunk: int, summed: int | None, with_peaks: bool, interp
     lanes, only = part * chunk + jnp.arange(chunk), jnp.broadcast_to(row, (1,))
     mask = lanes < x_ref.shape[1]
     values = plgpu.load(x_ref.at[row, lanes], mask=mask, other=0).astype(jnp.float32)
-    magnitudes = jnp.abs(values)
+    sizes = magnitudes(values)
     if peaks_ref is not None:
         number = jnp.arange(launch.power_of_two(peaks_ref.shape[1]))
-        magnitudes = plgpu.load(peaks_ref.at[row, number], mask=number < peaks_ref.shape[1], other=0)
-    largest = jnp.max(magnitudes)
+        sizes = plgpu.load(peaks_ref.at[row, number], mask=number < peaks_ref.shape[1], other=0)
+    largest = jnp.max(sizes)
+    largest = jnp.where(fits(largest, jnp.float32), largest, jnp.nan)
     is_zero = largest == 0  # such a row stays one
     steps = jnp.where(is_zero, 0.0, _quotient(LARGEST, jnp.where(is_zero, 1.0, largest), interpret))
     codes = jnp.minimum(jnp.maximum(_rounded(values * steps, interpret), -LARGEST), LARGEST)

@@ -10,7 +10,7 @@ from comparison import IMPLEMENTATIONS, relative_error
 from lowering import cuda_text, launches
 from trees import dense, random_tree
 
-from pallas_kernels.attention import Config, causal_attention, pack_mask, tree_attention
+from pallas_kernels.attention import Config, causal_attention, ordered_attention, pack_mask, tree_attention, tree_paths
 
 # rows, query heads, kv heads, head_dim, committed length, cache rows
 SHAPES = [
@@ -55,6 +55,30 @@ def test_one_level_of_a_growing_tree_equals_those_rows_of_the_whole_tree(rows, t
     out = tree_attention(q, k, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), tail=tail,
                          config=Config(splits=2, block_k=16), implementation=implementation)
     assert relative_error(out, expected) < 5e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("length", [0, 70])
+def test_a_key_that_is_no_number_reaches_the_rows_that_see_it_alone(length, ordered, implementation):
+    """Of a node's key; committed keys are seen by all."""
+    rng, rows, node = np.random.default_rng(length), 12, 4
+    mask = random_tree(rows, rng)
+    q = jnp.asarray(rng.normal(size=(rows, 4, 16)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(128, 2, 16)), jnp.float32) for _ in "kv")
+
+    def attend(keys):
+        if ordered:
+            depth = jnp.asarray(mask.sum(1) - 1, jnp.int32)
+            return ordered_attention(q, keys, v, jnp.int32(length), depth, tree_paths(jnp.asarray(mask), depth),
+                                     implementation=implementation)
+        return tree_attention(q, keys, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), implementation=implementation)
+
+    plain, hurt = np.asarray(attend(k)), np.asarray(attend(k.at[length + node, :, 3].set(jnp.nan)))
+    sees = mask[:, node]
+    assert 0 < sees.sum() < rows
+    assert np.isnan(hurt[sees]).all()
+    np.testing.assert_array_equal(hurt[~sees], plain[~sees])
 
 
 @pytest.mark.parametrize("kind", ["tree", "causal"])

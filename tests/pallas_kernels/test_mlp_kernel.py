@@ -52,6 +52,18 @@ def check_peaks(splits: int, rows: int, inner: int, implementation: str) -> None
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("with_peaks", [False, True])
+def test_a_product_past_half_precision_is_no_number_and_its_peak_infinite(with_peaks, implementation):
+    """gate and up of 300 make 90000."""
+    gate_up = jnp.ones((1, 3, 128)).at[0, 1, 5].set(300).at[0, 1, 64 + 5].set(300)
+    values, peaks = silu_mul(gate_up, out_dtype=jnp.float16, with_peaks=with_peaks, implementation=implementation)
+    np.testing.assert_array_equal(np.argwhere(~np.isfinite(values)), [[1, 5]])
+    assert np.isnan(values[1, 5])
+    if peaks is not None:
+        np.testing.assert_array_equal(np.isinf(peaks.max(axis=1)), [False, True, False])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("splits", "rows", "inner"), [(1, 1, 1536), (4, 7, 50), (2, 65, 32)])
 def test_finds_the_peaks_of_what_it_gates(splits, rows, inner, implementation):
     check_peaks(splits, rows, inner, implementation)

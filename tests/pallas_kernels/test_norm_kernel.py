@@ -57,11 +57,35 @@ def test_a_deferred_factor_makes_the_normalised_rows(rows, columns, splits, impl
     check_deferred(rows, columns, splits, implementation)
 
 
-def test_a_deferred_norm_ends_at_the_largest_value():
-    huge = jnp.full((1, 64), 7e4)
-    _, values, scale, _ = add_rms_norm_deferred(huge, None, jnp.ones(64), eps=EPS, out_dtype=jnp.float16,
-                                                implementation="interpret")
-    np.testing.assert_allclose(values.astype(jnp.float32) * scale.values, jnp.full((1, 64), 65504 / 7e4), rtol=1e-5)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"])
+def test_what_a_deferred_factor_cannot_bring_back_is_no_number(implementation):
+    rows = jnp.ones((2, 64)).at[1, 5].set(7e4)
+    _, values, _, peaks = add_rms_norm_deferred(rows, None, jnp.ones(64), eps=EPS, out_dtype=jnp.float16, with_peaks=True,
+                                                implementation=implementation)
+    np.testing.assert_array_equal(np.argwhere(~np.isfinite(values)), [[1, 5]])
+    np.testing.assert_array_equal(peaks, [[1], [np.inf]])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_row_without_a_norm_is_no_number_and_leaves_others_alone(value, reproducible, implementation):
+    """The squares of 1e30 are infinite, and 1e30 times the reciprocal of their root would be 0."""
+    rows = jnp.ones((3, 64)).at[1, 5].set(value)
+    options = dict(eps=EPS, out_dtype=jnp.float32, reproducible=reproducible, implementation=implementation)
+    _, normed = add_rms_norm(rows, None, jnp.ones(64), **options)
+    _, scaled, scale, _ = add_rms_norm_deferred(rows, None, jnp.ones(64), **options)
+    deferred = scaled if scale is None else scaled * scale.values[:, None]
+    for found in (normed, deferred):
+        assert np.isnan(found[1, 5]) and np.isnan(found[1, 0])
+        np.testing.assert_allclose(found[::2], 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_weight_that_takes_a_row_past_half_precision_makes_it_no_number(implementation):
+    weight = jnp.ones(64).at[3].set(1e5)
+    _, normed = add_rms_norm(jnp.ones((2, 64)), None, weight, eps=EPS, out_dtype=jnp.float16, implementation=implementation)
+    np.testing.assert_array_equal(np.argwhere(np.isnan(normed)), [[0, 3], [1, 3]])
 
 
 @pytest.mark.gpu

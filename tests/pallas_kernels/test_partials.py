@@ -1,4 +1,4 @@
-"""Partial sums in half precision: those of f32, rounded, and held to f16's range."""
+"""Partial sums in half precision: those of f32, rounded, and no numbers where they leave f16's range."""
 
 import functools
 
@@ -43,11 +43,21 @@ def test_halves_are_the_rounded_sums(kind, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", cases.INTEGER_KINDS)
-def test_halves_end_at_the_largest(kind, implementation):
+def test_halves_beyond_the_range_are_no_numbers(kind, implementation):
     multiply = product(kind, 4e4 if kind.startswith("w4") else 2e3)
     sums, halves = (multiply(halves=halves, implementation=implementation) for halves in (False, True))
     assert float(jnp.abs(sums).max()) > 65536
-    np.testing.assert_array_equal(halves, jnp.clip(sums, -65504, 65504).astype(jnp.float16))
+    np.testing.assert_array_equal(halves, jnp.where(jnp.abs(sums) <= 65504, sums, jnp.nan).astype(jnp.float16))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_row_that_is_not_finite_has_no_scale(value, known, implementation):
+    x = jnp.ones((3, 256), jnp.float16).at[1, 200].set(value)
+    peaks = jnp.asarray([[1, 1], [1, jnp.inf], [1, 1]], jnp.float32) if known else None
+    _, scales = w8a8.quantise_rows(x, peaks=peaks, implementation=implementation)
+    np.testing.assert_allclose(scales, [1 / 127, jnp.nan, 1 / 127], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", cases.INTEGER_KINDS)

@@ -68,6 +68,36 @@ def test_applies_the_factor_that_a_deferred_norm_owes(rows, chunks, implementati
         assert relative_error(out, expected) < 1e-6
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 7e4])
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_numbers_beyond_the_range_are_none_and_values_stay_finite(part, value, implementation):
+    """Head 1 of row 2 of each part: q and k become NaN, and for a value its key does, where attention hides it."""
+    check_beyond(part, value, implementation)
+
+
+def check_beyond(part: str, value: float, implementation: str, rows: int = 5) -> None:
+    heads, kv_heads, head_dim = 4, 2, 32
+    (qkv, cos, sin), _ = problem(1, rows, heads, kv_heads, head_dim, 3)
+    first = {"q": 0, "k": heads, "v": heads + kv_heads}[part]
+    qkv[0, 2, (first + 1) * head_dim + 7] = value
+    cache = jnp.zeros((rows + 8, kv_heads, head_dim), jnp.float16)
+    q, k, v = map(np.asarray, rope_append(jnp.asarray(qkv), cos, sin, cache, cache, jnp.int32(3), heads=heads,
+                                          kv_heads=kv_heads, head_dim=head_dim, implementation=implementation))
+    assert np.isfinite(v).all()
+    wrong = {name: {tuple(place[:2]) for place in np.argwhere(~np.isfinite(array))} for name, array in (("q", q), ("k", k))}
+    assert wrong == ({"q": {(2, 1)}, "k": set()} if part == "q" else {"q": set(), "k": {(3 + 2, 1)}})
+    assert not np.isinf(q).any() and not np.isinf(k).any()  # whose exponential could be 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 7e4])
+def test_numbers_beyond_the_range_on_gpu(value):
+    for rows in (5, 200):
+        for part in "qkv":
+            check_beyond(part, value, "kernel", rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (64, 8, 128), (9, 3, 64)])
 @pytest.mark.parametrize("rows", [1, 8, 16, 30, 60, 64, 128, 600])
