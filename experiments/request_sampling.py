@@ -1,12 +1,15 @@
 """Sampling whose temperature and nucleus are arrays, so that requests with settings of their own share one compiled loop."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
+
+from specmq_jax import sampling
 
 
 @flax.struct.dataclass
@@ -25,8 +28,10 @@ class RequestKey:
 
     @classmethod
     def of(cls, *, seed: int, temperature: float, top_p: float) -> Self:
-        """On the default device; `seed` is any integer, of which the lowest 32 bits count."""
-        return cls(key=jax.random.key(seed % 2**32), temperature=jnp.float32(temperature), top_p=jnp.float32(top_p))
+        """On the default device; `seed` is any integer."""
+        # a device may take a smaller number for the 0 of greedy decoding, in which tokens that tie don't share the draws
+        least = float(jnp.finfo(jnp.float32).tiny) if temperature else 0.0
+        return cls(key=sampling.seed_key(seed), temperature=jnp.float32(max(temperature, least)), top_p=jnp.float32(top_p))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,25 +46,10 @@ class RequestSampling:
 
     def __call__(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey) -> Int32[Array, "T"]:
         """One token a row, i32[T]; `positions[i]` is the position of the token drawn after row i."""
-        return jax.lax.cond(key.temperature > 0, self._draw, _best, logits, positions, key)
+        return jax.lax.cond(key.temperature > 0, self._draw, lambda logits, *_: sampling.best(logits), logits, positions, key)
 
     def _draw(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey) -> Int32[Array, "T"]:
-        scores = logits.astype(jnp.float32) / key.temperature
-        if self.top_k:
-            threshold = jax.lax.top_k(scores, min(self.top_k, scores.shape[-1]))[0][:, -1:]
-            scores = jnp.where(scores >= threshold, scores, -jnp.inf)
-        scores = jax.lax.cond(key.top_p < 1, _nucleus, lambda scores, _: scores, scores, key.top_p)
-        noise = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key.key, p), logits.shape[-1:]))(positions)
-        return _best(scores + noise, positions, key)
-
-
-def _best(logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey) -> Int32[Array, "T"]:
-    del positions, key
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-
-def _nucleus(scores: Float[Array, "T V"], top_p: Float[Array, ""]) -> Float[Array, "T V"]:
-    best = -jnp.sort(-scores, axis=-1)
-    probabilities = jax.nn.softmax(best, axis=-1)
-    inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-    return jnp.where(scores >= jnp.min(best, axis=-1, keepdims=True, where=inside, initial=jnp.inf), scores, -jnp.inf)
+        scores = sampling.keep_best(sampling.scaled(logits, key.temperature), self.top_k)
+        nucleus = functools.partial(sampling.keep_nucleus, most=self.top_k)
+        scores = jax.lax.cond(key.top_p < 1, nucleus, lambda scores, _: scores, scores, key.top_p)
+        return sampling.draw(scores, positions, key.key)

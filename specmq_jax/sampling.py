@@ -5,13 +5,19 @@ same tokens, whatever drafted them (Gumbel-max; see design notes in `decode`).
 """
 
 import dataclasses
+import hashlib
+import operator
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from specmq_jax.errors import UserError
+
+_WORD = 32
+_HOTTEST = float(np.finfo(np.float32).max)
 
 
 class Sampler(Protocol):
@@ -28,7 +34,7 @@ class Greedy:
 
     def __call__(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: Array) -> Int32[Array, "T"]:
         del positions, key
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return best(logits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,29 +52,82 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"temperature must be above 0; found {self.temperature} (greedy decoding is `Greedy()`)")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be 0 or more; found {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1]; found {self.top_p}")
+        if not (_is_number(self.temperature) and 0 < self.temperature <= _HOTTEST):
+            raise UserError(f"temperature must be a number above 0 that float32 holds; found {self.temperature!r} (greedy "
+                            "decoding is `Greedy()`)")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UserError(f"top_k must be a whole number of 0 or more; found {self.top_k!r}")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise UserError(f"top_p must lie in (0, 1]; found {self.top_p!r}")
 
     def __call__(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: Array) -> Int32[Array, "T"]:
         """One token a row, i32[T]; `positions[i]` is the position of the token drawn after row i."""
-        scores = self.filter(logits.astype(jnp.float32) / self.temperature)
-        noise = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key, p), logits.shape[-1:]))(positions)
-        return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
+        return draw(self.filter(scaled(logits, self.temperature)), positions, key)
 
     def filter(self, scores: Float[Array, "T V"]) -> Float[Array, "T V"]:
         """Sets to -inf what top-k and then top-p cut away."""
-        vocab = scores.shape[-1]
-        kept = min(self.top_k, vocab) or vocab
-        if kept == vocab and self.top_p == 1.0:
-            return scores
-        best = jax.lax.top_k(scores, kept)[0]
-        threshold = best[:, -1:]
-        if self.top_p < 1.0:
-            probabilities = jax.nn.softmax(best, axis=-1)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            threshold = jnp.min(jnp.where(before < self.top_p, best, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(scores >= threshold, scores, -jnp.inf)
+        kept = keep_best(scores, self.top_k)
+        return kept if np.float32(self.top_p) == 1 else keep_nucleus(kept, self.top_p, most=self.top_k)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def best(logits: Float[Array, "T V"]) -> Int32[Array, "T"]:
+    """The token of the highest score; ties go to the lower id."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def scaled(logits: Float[Array, "T V"], temperature: Float[Array, ""] | float) -> Float[Array, "T V"]:
+    """log softmax(logits / temperature) but for a number per row, f32: 0 for the best token, at any temperature above 0.
+
+    A temperature that f32 holds as 0 leaves the best tokens alone.
+    """
+    logits = logits.astype(jnp.float32)
+    behind = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(behind == 0, 0.0, behind / temperature)
+
+
+def keep_best(scores: Float[Array, "T V"], count: int) -> Float[Array, "T V"]:
+    """Sets to -inf what is worse than the `count` best of a row, of which equals of the last one are; 0 keeps all."""
+    if not count or count >= scores.shape[-1]:
+        return scores
+    return jnp.where(scores >= jax.lax.top_k(scores, count)[0][:, -1:], scores, -jnp.inf)
+
+
+def keep_nucleus(scores: Float[Array, "T V"], top_p: Float[Array, ""] | float, *, most: int = 0) -> Float[Array, "T V"]:
+    """Sets to -inf what is outside the smallest set of best tokens whose probability reaches `top_p`; the best one stays.
+
+    `most` says how many of a row are above -inf, equals of the last apart; 0 where that is not known.
+    """
+    few = 0 < most < scores.shape[-1]
+    sorted_scores = jax.lax.top_k(scores, most)[0] if few else -jnp.sort(-scores, axis=-1)
+    probabilities = jax.nn.softmax(sorted_scores, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    inside = (before < top_p).at[:, 0].set(True)
+    return jnp.where(scores >= jnp.min(jnp.where(inside, sorted_scores, jnp.inf), axis=-1, keepdims=True), scores, -jnp.inf)
+
+
+def draw(scores: Float[Array, "T V"], positions: Int32[Array, "T"], key: Array) -> Int32[Array, "T"]:
+    """A token of each row with probability softmax(scores), by noise of the drawn token's position (Gumbel-max)."""
+    noise = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key, p), scores.shape[-1:]))(positions)
+    return best(scores + noise)
+
+
+def seed_key(seed: int) -> Array:
+    """The key of the sampling noise of a seed, any integer: `jax.random.key` of one of 32 bits, one of a digest of others.
+
+    Raises:
+      UserError: not an integer.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise UserError(f"a seed is an integer; found {seed!r}") from None
+    if isinstance(seed, bool):
+        raise UserError(f"a seed is an integer; found {seed!r}")
+    if 0 <= number < 2**_WORD:
+        return jax.random.key(number)
+    words = np.frombuffer(hashlib.sha256(str(number).encode()).digest()[:8], np.uint32)
+    return jax.random.fold_in(jax.random.key(words[0]), words[1])

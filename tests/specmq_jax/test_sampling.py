@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.request_sampling import RequestKey, RequestSampling
 from specmq_jax import Greedy, Sampling, UserError
+from specmq_jax.sampling import seed_key
 
 
 def test_top_k_and_top_p_keep_what_their_definition_keeps():
@@ -35,8 +37,78 @@ def test_greedy_takes_the_lower_id_of_a_tie():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": 0.0}, "temperature must be above 0; found 0.0"), ({"top_k": -1}, "top_k must be 0 or more"),
-    ({"top_p": 0.0}, "top_p must lie in")])
+    ({"temperature": 0.0}, "temperature must be a number above 0 that float32 holds; found 0.0"),
+    ({"top_p": 0.0}, "top_p must lie in"),
+    ({"temperature": float("nan")}, "found nan"), ({"temperature": float("inf")}, "found inf"),
+    ({"temperature": "1"}, "found '1'"), ({"temperature": 1e39}, "that float32 holds; found 1e\\+39"),
+    ({"temperature": True}, "found True"),
+    ({"top_p": float("nan")}, "top_p must lie in"), ({"top_p": "0.5"}, "top_p must lie in"),
+    ({"top_k": -1}, "top_k must be a whole number of 0 or more"), ({"top_k": 2.0}, "top_k must be a whole number"),
+    ({"top_k": True}, "top_k must be a whole number")])
 def test_settings_that_mean_nothing_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+EXTREMES = (1.0, 1e-3, 1e-6, 1e-37, 1e-38, 1e-40, 1e-45, 1e-46, 1e-300)
+
+
+def ways(temperature, top_p, top_k=0):
+    """The library's sampling and the server's, as functions of logits, positions and a seed."""
+    own, shared = Sampling(temperature=temperature, top_p=top_p, top_k=top_k), RequestSampling(top_k=top_k)
+    yield lambda logits, positions, seed: own(logits, positions, seed_key(seed))
+    yield lambda logits, positions, seed: shared(
+        logits, positions, RequestKey.of(seed=seed, temperature=temperature, top_p=top_p))
+
+
+@pytest.mark.parametrize("temperature", EXTREMES[1:])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, *EXTREMES[3:]])
+def test_a_tiny_temperature_draws_the_best_token(temperature, top_p):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50)) * 30, jnp.float32)
+    for draw in ways(temperature, top_p):
+        assert draw(logits, jnp.arange(4), 0).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("top_p", EXTREMES[1:])
+@pytest.mark.parametrize("temperature", [1.0, 1e10, 1e38, 3.4e38])
+def test_a_tiny_nucleus_is_the_best_token(temperature, top_p):
+    logits = jnp.arange(50.0)[None, ::-1] * 1e-2
+    for draw in ways(temperature, top_p):
+        if temperature < 1e38:  # beyond it all probabilities are one in f32
+            assert draw(logits, jnp.arange(1), 3).tolist() == [0]
+        else:
+            assert 0 <= int(draw(logits, jnp.arange(1), 3)[0]) < 50
+
+
+def test_best_tokens_that_tie_share_the_draws_at_any_temperature():
+    logits = jnp.asarray([3.0, 7.0, 7.0, -jnp.inf])
+    for temperature in EXTREMES[1:]:
+        for draw in ways(temperature, 1.0):
+            drawn = draw(jnp.tile(logits, (400, 1)), jnp.arange(400), 1)
+            assert set(drawn.tolist()) == {1, 2} and 130 < int((drawn == 1).sum()) < 270
+
+
+@pytest.mark.parametrize("top_k", [0, 3, 5])
+@pytest.mark.parametrize("top_p", [1.0, 0.999999999, 0.8, 0.3])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_frequencies_are_those_of_the_definition(temperature, top_p, top_k):
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+    chances = np.exp(logits / temperature)
+    chances[top_k or 6:] = 0
+    chances /= chances.sum()
+    chances[np.cumsum(chances) - chances >= top_p] = 0
+    chances /= chances.sum()
+    order = np.array([4, 0, 5, 2, 1, 3])
+    shuffled = jnp.asarray(logits[order], jnp.float32)
+    for draw in ways(temperature, top_p, top_k):
+        drawn = np.asarray(draw(jnp.tile(shuffled, (6000, 1)), jnp.arange(6000), 5))
+        found = np.bincount(order[drawn], minlength=6) / 6000
+        assert not found[chances == 0].any()
+        np.testing.assert_allclose(found, chances, atol=0.03)
+
+
+def test_seeds_of_any_size_have_keys_of_their_own():
+    seeds = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, -2**32, 2**63, 2**64, 99999999999999999999, -10**40, np.int64(7)]
+    keys = {tuple(jax.random.key_data(seed_key(seed)).tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    assert (jax.random.key_data(seed_key(41)) == jax.random.key_data(jax.random.key(41))).all()
