@@ -25,7 +25,7 @@ from checkpoints_tools.calibration import read_tokens
 from specmq_jax import errors, formats
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig
-from specmq_jax.errors import UserError
+from specmq_jax.errors import NotFiniteError, UserError
 from specmq_jax.llama import Llama
 from specmq_jax.model import Params, check_tokens
 from specmq_jax.tokenizer import load_tokenizer
@@ -48,6 +48,7 @@ def perplexity(model: sm.Model, tokens: Sequence[int] | Int32[np.ndarray, "n"], 
 
     Raises:
       UserError: a length below 2 or above the model's positions, a single token, or an id outside the vocabulary.
+      NotFiniteError: the scores behind a token are not finite.
     """
     check_length(length, model.config)
     ids = check_tokens(tokens, model.config)
@@ -58,7 +59,13 @@ def perplexity(model: sm.Model, tokens: Sequence[int] | Int32[np.ndarray, "n"], 
         window = ids[begin:begin + length]
         padded = jnp.asarray(np.pad(window, (0, length - len(window))))  # causal rows don't see what follows them
         losses = _losses(model.module, model.params, padded, model.new_cache(length))
-        total += float(np.sum(np.asarray(losses)[:len(window) - 1], dtype=np.float64))
+        scores = np.asarray(losses)[:len(window) - 1]
+        if not np.isfinite(scores).all():
+            place = begin + int(np.argmin(np.isfinite(scores)))
+            raise NotFiniteError(f"the model's scores behind token {place + 1} of the text (id {ids[place]}) are not finite: a "
+                                 "weight is not, or activations leave their dtype's range; choose --precision=bf16 or fp32",
+                                 position=place)
+        total += float(np.sum(scores, dtype=np.float64))
         scored += len(window) - 1
     return Perplexity(float(np.exp(total / scored)), scored, time.perf_counter() - start)
 

@@ -19,16 +19,17 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.cache import KVCache
 from specmq_jax.compilation import compiler_options, enable_persistent_cache
-from specmq_jax.config import DecodeConfig
+from specmq_jax.config import DecodeConfig, LlamaConfig
 from specmq_jax.drafters import Drafter, NoDrafter
-from specmq_jax.errors import UserError
+from specmq_jax.errors import NotFiniteError, UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.llama import Llama
 from specmq_jax.memory import check_room, tree_bytes
 from specmq_jax.model import Model, check_tokens
 from specmq_jax.phases import PhaseTimes, measure_phases
+from specmq_jax.sampling import seed_key
 from specmq_jax.tree import Accepted, DraftTree
-from specmq_jax.verification import verify
+from specmq_jax.verification import are_sound, verify
 
 Params = tuple[Any, Any]
 """The target's parameters and the drafter's."""
@@ -44,7 +45,9 @@ class DecodeState:
       tokens: i32[capacity], prompt and committed tokens; what stands behind `length` is scratch.
       length: i32 scalar, committed tokens. The newest one, the root of the next draft, is not in the caches yet.
       limit: i32 scalar, the length at which decoding ends.
-      done: bool scalar, a stop token or the limit was reached.
+      done: bool scalar, a stop token, the limit or a fault was reached.
+      fault: i32 scalar, the position of the first committed token at which the target's state is not finite, which ends the
+        sequence: no token is committed behind it. -1 where all are finite.
       cache: the target's.
       drafter: the drafter's own state.
       key: of the sampling noise.
@@ -57,6 +60,7 @@ class DecodeState:
     length: Int32[Array, ""]
     limit: Int32[Array, ""]
     done: Bool[Array, ""]
+    fault: Int32[Array, ""]
     cache: KVCache
     drafter: Any
     key: Array
@@ -105,12 +109,14 @@ class Decoder:
           config: lengths, sampling, stop tokens.
 
         Raises:
-          UserError: the drafter can't draft for this target, or drafts too much to be reproducible.
+          UserError: the drafter can't draft for this target, or drafts too much to be reproducible, or the cache is longer than
+            the model's positions.
         """
         enable_persistent_cache()
         self.target = target
         self.drafter = drafter if drafter is not None else NoDrafter()
         self.config = config if config is not None else DecodeConfig()
+        _check_positions(self.config.max_len, target.config)
         self.drafter.check(target.config)
         if self.config.reproducible and self.drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
             raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
@@ -163,10 +169,12 @@ class Decoder:
           prompt_ids: token ids.
           max_new_tokens: where decoding ends; by default, and at most, where the cache is full.
           seed: of the sampling noise, by default the configuration's.
-          key: what the configuration's sampling takes as its key, arrays that are consumed; by default `jax.random.key(seed)`.
+          key: what the configuration's sampling takes as its key, arrays that are consumed; by default
+            `sampling.seed_key(seed)`.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache.
+          NotFiniteError: the target's state at a token of the prompt is not finite.
         """
         return self.timed_prefill(prompt_ids, max_new_tokens, seed=seed, key=key)[0]
 
@@ -174,13 +182,14 @@ class Decoder:
                       key: Any = None) -> tuple[DecodeState, float, float]:
         """`prefill`, and the seconds that the target's and the drafter's passes over the prompt took."""
         prompt = self._checked(prompt_ids)
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
-        key = jax.random.key(self.config.seed if seed is None else seed) if key is None else key
+        if max_new_tokens is not None:
+            _check_count("max_new_tokens", max_new_tokens)
+        key = seed_key(self.config.seed if seed is None else seed) if key is None else key
         start = time.perf_counter()
-        hidden, cache, chunks = self._ingest_all(prompt)
-        first = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
+        hidden, cache, chunks, fault = self._ingest_all(prompt)
+        first, is_sound = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
         middle = time.perf_counter()
+        self._check_prompt(prompt, fault, is_sound)
         drafter = self._empty_drafter()
         following = np.append(prompt[1:], int(first)).astype(np.int32)
         for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
@@ -193,18 +202,27 @@ class Decoder:
         return self._start(prompt, first, limit, cache, drafter, key), middle - start, end - middle
 
     def round(self, state: DecodeState) -> DecodeState:
-        """One round: propose, verify, accept, advance. The state given is consumed; a finished one comes back as is."""
+        """One round: propose, verify, accept, advance. The state given is consumed; a finished one comes back as is.
+
+        The state's `fault` tells where the target's numbers ended; `generate` and `stream` raise a `NotFiniteError` there.
+        """
         return self._run(self.params, state, self._one)
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, seed: int | None = None
                  ) -> Generation:
-        """Prefills and decodes to the end in one jitted loop; arguments and errors as in `prefill`."""
+        """Prefills and decodes to the end in one jitted loop; arguments and errors as in `prefill`.
+
+        Raises:
+          NotFiniteError: also where the target's state at a token of the answer is not finite.
+        """
         state, prefill_seconds, draft_prefill_seconds = self.timed_prefill(prompt_ids, max_new_tokens, seed=seed)
         start = time.perf_counter()
         state = jax.block_until_ready(self._run(self.params, state, self._all))
         seconds = time.perf_counter() - start
         length, limit, rounds = int(state.length), int(state.limit), int(state.rounds)
-        tokens = np.asarray(state.tokens)[len(prompt_ids):length]
+        committed = np.asarray(state.tokens)[:length]
+        tokens = committed[len(prompt_ids):]
+        self._check_fault(int(state.fault), committed, len(prompt_ids))
         return Generation(tokens=tokens, accept_lengths=np.asarray(state.accept_lengths)[:rounds], seconds=seconds,
                           prefill_seconds=prefill_seconds, draft_prefill_seconds=draft_prefill_seconds,
                           stopped=length < limit or int(tokens[-1]) in self.config.stop_tokens,
@@ -214,17 +232,22 @@ class Decoder:
                key: Any = None, rounds: int | None = None) -> Iterator[list[int]]:
         """Yields new token ids as they are committed, the same tokens as `generate`, some rounds at a time.
 
-        The first list is the first token, drawn behind the prompt. Other arguments and errors as in `prefill`.
+        The first list is the first token, drawn behind the prompt. Other arguments and errors as in `generate`, whose error
+        comes behind the tokens before it.
 
         Args:
           rounds: of a list; by default one at first, and twice as many as long as they take less than 25 ms: to start some
             takes milliseconds of its own.
         """
+        if rounds is not None:
+            _check_count("rounds", rounds)
         state = self.prefill(prompt_ids, max_new_tokens, seed=seed, key=key)
         sent, count = len(prompt_ids), rounds or 1
         while True:
-            tokens, length, done = jax.device_get((state.tokens, state.length, state.done))
-            yield tokens[sent:length].tolist()
+            tokens, length, done, fault = jax.device_get((state.tokens, state.length, state.done, state.fault))
+            if length > sent:
+                yield tokens[sent:length].tolist()
+            self._check_fault(int(fault), tokens[:length], len(prompt_ids))
             if done:
                 return
             sent, start = length, time.perf_counter()
@@ -239,8 +262,11 @@ class Decoder:
 
     def next_logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "V"]:
         """f32 scores of the target for the token behind these, from the same compiled passes as a prefill; errors as there."""
-        hidden, _, _ = self._ingest_all(self._checked(token_ids))
-        return np.asarray(self._score(self.target.params, hidden), np.float32)[0]
+        prompt = self._checked(token_ids)
+        hidden, _, _, fault = self._ingest_all(prompt)
+        logits = np.asarray(self._score(self.target.params, hidden), np.float32)[0]
+        self._check_prompt(prompt, fault, np.isfinite(logits).all())
+        return logits
 
     def bytes_per_round(self, live_length: int) -> int:
         """Bytes one round must read: each weight the target and the drafter use, once a pass, and the target's live
@@ -264,13 +290,29 @@ class Decoder:
                             "one new token; shorten the prompt or raise max_len")
         return prompt
 
-    def _ingest_all(self, prompt: Int32[np.ndarray, "n"]) -> tuple[Float[Array, "1 D"], KVCache, list[tuple[Any, ...]]]:
-        """The target's pass over the prompt: its last state, the cache, and each chunk's tokens, count and features."""
-        cache, chunks = self._empty_cache(), []
+    def _ingest_all(self, prompt: Int32[np.ndarray, "n"]
+                    ) -> tuple[Float[Array, "1 D"], KVCache, list[tuple[Any, ...]], Int32[Array, ""]]:
+        """The target's pass over the prompt: its last state, the cache, each chunk's tokens, count and features, and the
+        position of the first token whose state is not finite, or -1."""
+        cache, chunks, fault = self._empty_cache(), [], self._placed(jnp.int32(-1))
         for tokens, count in self._split(prompt):
-            hidden, features, cache = self._ingest(self.target.params, cache, tokens, count)
+            hidden, features, cache, fault = self._ingest(self.target.params, cache, tokens, count, fault)
             chunks.append((tokens, count, features))
-        return hidden, cache, chunks
+        return hidden, cache, chunks, fault
+
+    def _check_prompt(self, prompt: Int32[np.ndarray, "n"], fault: Int32[Array, ""], is_sound: Any) -> None:
+        """Raises a `NotFiniteError` for the first token whose state is not finite: `fault`, or the last unless `is_sound`."""
+        self._check_fault(int(fault) if int(fault) >= 0 or is_sound else len(prompt) - 1, prompt, len(prompt))
+
+    def _check_fault(self, fault: int, committed: Int32[np.ndarray, "n"], prompt_length: int) -> None:
+        if fault < 0:
+            return
+        place = (f"token {fault + 1} of the prompt" if fault < prompt_length else
+                 f"token {fault - prompt_length + 1} of the answer")
+        raise NotFiniteError(
+            f"the model's state at {place} (id {committed[fault]}) is not finite: a weight is not, or activations leave the "
+            f"range of {self.target.module.format.dtype.name}, which --precision=bf16 or fp32 may hold", position=fault,
+            tokens=committed[prompt_length:].tolist())
 
     def _split(self, prompt: Int32[np.ndarray, "n"]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
         """The prompt in padded chunks of the few lengths that are compiled, each with its count of real tokens."""
@@ -286,7 +328,8 @@ class Decoder:
         tokens[:len(prompt)], tokens[len(prompt)] = prompt, int(first)
         length = len(prompt) + 1
         small = {"tokens": tokens, "length": np.int32(length), "limit": np.int32(limit),
-                 "done": np.bool_(length >= limit or int(first) in self.config.stop_tokens), "key": key, "stop_tokens": stops,
+                 "done": np.bool_(length >= limit or int(first) in self.config.stop_tokens), "fault": np.int32(-1), "key": key,
+                 "stop_tokens": stops,
                  "accept_lengths": np.zeros(self._capacity, np.int32), "rounds": np.int32(0)}
         return DecodeState(**self._placed(small), cache=cache, drafter=drafter)
 
@@ -295,18 +338,25 @@ class Decoder:
         given the one and then the other would be compiled twice."""
         return jax.device_put(tree, self._device)
 
-    def _ingest_chunk(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"], count: Int32[Array, ""]
-                      ) -> tuple[Float[Array, "1 D"], Float[Array, "M F"], KVCache]:
-        """The state behind the last real token, what the drafter reads of every row, and the cache."""
+    def _ingest_chunk(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"], count: Int32[Array, ""],
+                      fault: Int32[Array, ""]
+                      ) -> tuple[Float[Array, "1 D"], Float[Array, "M F"], KVCache, Int32[Array, ""]]:
+        """The state behind the last real token, what the drafter reads of every row, the cache, and the fault: the one given,
+        or the position of the first real token here whose state is not finite."""
         hidden, features, cache = self._module.apply(params, tokens, cache)
-        return hidden[count - 1][None], features, cache.rewind(cache.length + count)
+        broken = ~jnp.all(jnp.isfinite(hidden), axis=1) & (jnp.arange(len(tokens)) < count)
+        here = jnp.where(broken.any(), cache.length + jnp.argmax(broken).astype(jnp.int32), -1)
+        return (hidden[count - 1][None], features, cache.rewind(cache.length + count), jnp.where(fault >= 0, fault, here))
 
     def _logits_of(self, params: Any, hidden: Float[Array, "1 D"]) -> Float[Array, "1 V"]:
         return self._module.apply(params, hidden, method="logits")
 
     def _draw_after(self, params: Any, hidden: Float[Array, "1 D"], position: Int32[Array, ""], key: Array
-                    ) -> Int32[Array, ""]:
-        return self.config.sampling(self._logits_of(params, hidden), jnp.asarray(position)[None], key)[0]
+                    ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
+        """The token drawn behind a state, and whether its scores are finite."""
+        logits = self._logits_of(params, hidden)
+        drawn = self.config.sampling(logits, jnp.asarray(position)[None], key)
+        return drawn[0], are_sound(logits, drawn)[0]
 
     def _run_rounds(self, params: Params, state: DecodeState, most: Int32[Array, ""]) -> DecodeState:
         """Rounds until the sequence is done, `most` of them at most."""
@@ -319,6 +369,20 @@ class Decoder:
         accepted, cache = self.verify(params[0], state, tree)
         drafter = self.drafter.advance(params[1], drafter, accepted)
         return _commit(state, accepted).replace(cache=cache, drafter=drafter)
+
+
+def _check_positions(max_len: int, model: LlamaConfig) -> None:
+    """Refuses a cache for positions that the model does not know."""
+    known = model.max_position
+    if model.rope.type == "dynamic":  # whose limit is that before it stretches
+        known = round(known * model.rope.factor)
+    if max_len > known:
+        raise UserError(f"max_len is {max_len} tokens, and this model knows {known} positions; choose a shorter max_len")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name} must be a whole number of at least 1; found {value!r}")
 
 
 def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:
@@ -339,13 +403,17 @@ def cache_bytes(target: Model, drafter: Drafter, rows: int) -> int:
 
 
 def _commit(state: DecodeState, accepted: Accepted) -> DecodeState:
-    """Appends the accepted tokens up to the limit and up to and with the first stop token."""
+    """Appends the accepted tokens up to the limit, up to and with the first stop token, and up to one whose scores were not
+    finite, which is a fault."""
     slots = jnp.arange(accepted.tokens.shape[0])
     stops = jnp.any(accepted.tokens[:, None] == state.stop_tokens[None, :], axis=1) & (slots < accepted.count)
     count = jnp.where(stops.any(), jnp.argmax(stops) + 1, accepted.count)
     count = jnp.minimum(count, state.limit - state.length).astype(jnp.int32)
+    sound = jnp.min(jnp.where(accepted.sound, slots.shape[0], slots)).astype(jnp.int32)
+    is_faulty, count = sound < count, jnp.minimum(sound, count)
     length = state.length + count
     return state.replace(
         tokens=jax.lax.dynamic_update_slice(state.tokens, accepted.tokens, (state.length,)), length=length,
-        done=jnp.any(stops & (slots < count)) | (length >= state.limit),
+        fault=jnp.where(is_faulty, length - 1, -1),
+        done=jnp.any(stops & (slots < count)) | (length >= state.limit) | is_faulty,
         accept_lengths=state.accept_lengths.at[state.rounds].set(accepted.count), rounds=state.rounds + 1)

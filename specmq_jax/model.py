@@ -216,14 +216,21 @@ def logits(model: Model, token_ids: Sequence[int] | Int32[Array, "M"]) -> Float[
 
 
 def check_tokens(token_ids: Sequence[int] | np.ndarray, config: LlamaConfig) -> np.ndarray:
-    """The ids as i32[n]; none at all, or one outside the vocabulary, is a `UserError`."""
-    tokens = np.asarray(token_ids, np.int32)
+    """The ids as i32[n]; none at all, what is no integer, or one outside the vocabulary, is a `UserError`."""
+    if isinstance(token_ids, str | bytes):
+        raise UserError("a prompt is a list of token ids; found a text: encode it with the model's tokenizer")
+    try:
+        tokens = np.asarray(token_ids)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"a prompt is a list of token ids; found what makes no array ({error})") from None
     if tokens.ndim != 1 or not tokens.size:
         raise UserError(f"a prompt is a list of at least one token id; found shape {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
-        raise UserError(f"token id {wrong} lies outside the vocabulary of {config.vocab_size}")
-    return tokens
+    if tokens.dtype.kind not in "iu" and not (tokens.dtype == object and all(type(token) is int for token in tokens)):
+        raise UserError(f"a prompt is a list of token ids, which are integers; found {tokens.dtype.name} values")
+    outside = (tokens < 0) | (tokens >= config.vocab_size)
+    if outside.any():
+        raise UserError(f"token id {tokens[outside][0]} lies outside the vocabulary of {config.vocab_size}")
+    return tokens.astype(np.int32)
 
 
 def check_vocabulary(draft: LlamaConfig, target: LlamaConfig) -> None:

@@ -18,6 +18,8 @@ class Accepted:
         drafts and then one bonus token.
       count: i32 scalar, how many tokens that is: the accept length, at least 1.
       features: float[D + 1, F] or None, the target's hidden states at the path's nodes, for drafters that read them.
+      sound: bool[D + 1] or None, whether the target's scores at each node of the path are finite; a token drawn from others
+        means nothing.
     """
 
     path: Int32[Array, "P"]
@@ -25,6 +27,7 @@ class Accepted:
     tokens: Int32[Array, "P"]
     count: Int32[Array, ""]
     features: Float[Array, "P F"] | None = None
+    sound: Bool[Array, "P"] | None = None
 
 
 @flax.struct.dataclass

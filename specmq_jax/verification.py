@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Array, Float, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.cache import KVCache
 from specmq_jax.llama import Llama
@@ -22,6 +23,16 @@ def verify(module: Llama, params: Any, cache: KVCache, tree: DraftTree, choose: 
       choose: logits f32[T, V] of the nodes to the token drawn after each.
     """
     hidden, features, cache = module.apply(params, tree.tokens, cache, tree.depth, tree.mask)
-    accepted = tree.accept(choose(module.apply(params, hidden, method="logits")))
+    logits = module.apply(params, hidden, method="logits")
+    chosen = choose(logits)
+    accepted = tree.accept(chosen)
     cache = cache.keep(accepted.path, accepted.count, in_place=tree.is_chain)
-    return accepted.replace(features=features[accepted.path]), cache
+    return accepted.replace(features=features[accepted.path], sound=are_sound(logits, chosen)[accepted.path]), cache
+
+
+def are_sound(logits: Float[Array, "T V"], chosen: Int32[Array, "T"]) -> Bool[Array, "T"]:
+    """Whether the states behind some rows of logits are finite, by the logit of the token that was drawn from each.
+
+    A state with a NaN scores every token NaN, one with an infinity the best token infinite or NaN.
+    """
+    return jnp.isfinite(jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0])

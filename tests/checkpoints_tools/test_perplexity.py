@@ -1,5 +1,6 @@
 """Perplexity is exp of the mean loss over windows of the text."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -78,3 +79,11 @@ def test_the_command_prints_perplexity_tokens_and_precision(tmp_path):
 def test_a_missing_text_is_one_line():
     result = command(MODEL)
     assert result.returncode == 2 and "--text=FILE is missing" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_scores_that_are_not_finite_end_it_and_name_the_token(model):
+    table = model.params["params"]["embed"]["table"]
+    params = {"params": {**model.params["params"], "embed": {"table": table.at[7].set(np.nan)}}}
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(UserError, match=r"scores behind token 7 of the text \(id 7\) are not finite"):
+        perplexity(dataclasses.replace(model, params=params), tokens, 5)
