@@ -1,7 +1,6 @@
 """Frozen descriptions of a model and of decoding."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -10,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from specmq_jax.errors import UserError
+from specmq_jax.json_files import read_json
 from specmq_jax.sampling import Greedy, Sampler
+
+__all__ = ["ARCHITECTURES", "DecodeConfig", "LlamaConfig", "RopeConfig", "TreeConfig", "read_json"]
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -166,21 +168,6 @@ class LlamaConfig:
     def from_directory(cls, directory: str | pathlib.Path) -> "LlamaConfig":
         """Reads `directory/config.json`; a missing or malformed file is a `UserError`."""
         return cls.from_hf(read_json(pathlib.Path(directory) / "config.json"))
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Parses a JSON object; a missing, unreadable or malformed file is a one-line `UserError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object; found a {type(value).__name__}")
-    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
