@@ -1,112 +1,28 @@
 """Frozen descriptions of a model and of decoding."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from specmq_jax import entries
 from specmq_jax.errors import UserError
+from specmq_jax.hf_options import refuse_unsupported
 from specmq_jax.json_files import read_json
+from specmq_jax.rope_config import RopeConfig
 from specmq_jax.sampling import Greedy, Sampler
 
 __all__ = ["ARCHITECTURES", "DecodeConfig", "LlamaConfig", "RopeConfig", "TreeConfig", "read_json"]
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding as in Hugging Face `rope_parameters` / `rope_scaling`.
-
-    `type` is one of default, linear, dynamic, llama3, yarn. Lengths are in tokens.
-    """
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (earlier).
-
-        Raises:
-          UserError: the rope type is unknown or one of its parameters is missing.
-        """
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-        limit = config.get("max_position_embeddings") or 2048
-        known = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if kind not in known:
-            raise UserError(f"rope type {kind!r} is not supported; known types: {', '.join(known)}")
-        for key in known[kind]:
-            if not isinstance(scaling.get(key), int | float):
-                raise UserError(f"rope type {kind!r} needs the number {key!r} in config.json; found {scaling.get(key)!r}")
-        optional = {k: scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor",
-                                            "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-                    if scaling.get(k) is not None}
-        original = scaling.get("original_max_position_embeddings") or limit
-        return cls(type=kind, theta=float(theta), original_max_position=int(original), **optional)
-
-    def frequencies(self, head_dim: int, length: int) -> tuple[np.ndarray, float]:
-        """Inverse frequencies f32[head_dim // 2] and the factor that multiplies cos and sin.
-
-        `length` is the longest sequence to be decoded; only `dynamic` (NTK) depends on it, and only beyond the
-        original limit. Formulas: transformers `modeling_rope_utils.py`, and arXiv 2309.00071 for yarn.
-        """
-        exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-        theta = self.theta
-        if self.type == "dynamic" and length > self.original_max_position:
-            stretch = self.factor * length / self.original_max_position - (self.factor - 1)
-            theta = theta * stretch ** (head_dim / (head_dim - 2))
-        frequencies = theta**-exponent
-        scale = 1.0
-        if self.type == "linear":
-            frequencies = frequencies / self.factor
-        elif self.type == "llama3":
-            frequencies = self._llama3(frequencies)
-        elif self.type == "yarn":
-            frequencies, scale = self._yarn(frequencies, head_dim)
-        return frequencies.astype(np.float32), scale
-
-    def _llama3(self, frequencies: np.ndarray) -> np.ndarray:
-        turns = self.original_max_position * frequencies / (2 * math.pi)
-        smooth = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
-        return (1 - smooth) * frequencies / self.factor + smooth * frequencies
-
-    def _yarn(self, frequencies: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
-        def dimension(rotations: float) -> float:
-            turns = self.original_max_position / (rotations * 2 * math.pi)
-            return head_dim * math.log(turns) / (2 * math.log(self.theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
-        frequencies = frequencies / self.factor * ramp + frequencies * (1 - ramp)
-
-        def mscale(weight: float = 1.0) -> float:
-            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
-
-        if self.attention_factor is not None:
-            return frequencies, self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return frequencies, mscale(self.mscale) / mscale(self.mscale_all_dim)
-        return frequencies, mscale()
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LlamaForCausalLM": {"model_type": "llama", "max_position_embeddings": 2048},
+    "MistralForCausalLM": {"model_type": "mistral", "max_position_embeddings": 131072, "num_key_value_heads": 8,
+                           "sliding_window": 4096},
+}
+"""What transformers 5.24 takes for entries that config.json lacks, where the two architectures differ."""
+_MOST_LAYERS = 10_000
+"""Far more than any model has. Every layer's parameters are listed before a file is looked at."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,43 +47,82 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a Hugging Face `config.json`.
+        """Reads a Hugging Face `config.json`; an entry that it lacks has transformers' default.
 
         Raises:
-          UserError: another architecture, a missing or inconsistent size, or an option that changes the function
-            (biases, sliding window, another activation).
+          UserError: another architecture, an entry that is missing, of the wrong kind or senseless, sizes that do not
+            fit each other, or an option that changes the function (biases, sliding window, another activation).
         """
-        names = config.get("architectures") or ["LlamaForCausalLM" if config.get("model_type") == "llama" else "none"]
-        if names[0] not in ARCHITECTURES:
-            raise UserError(f"architecture {names[0]!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-        for option, plain in (("attention_bias", False), ("mlp_bias", False), ("sliding_window", None)):
-            if config.get(option, plain) not in (plain, False):
-                raise UserError(f"config.json sets {option} = {config[option]!r}; only {plain} is supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"config.json sets hidden_act = {config['hidden_act']!r}; only 'silu' is supported")
-        sizes = {}
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(config.get(key), int) or config[key] < 1:
-                raise UserError(f"config.json needs a positive integer {key!r}; found {config.get(key)!r}")
-            sizes[key] = config[key]
+        defaults = _DEFAULTS[_architecture(config)]
+        refuse_unsupported(config, defaults)
+        _check_token_ids(config)
+        sizes = {key: entries.integer("config.json", key, config.get(key))
+                 for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+        layers = entries.integer("config.json", "num_hidden_layers", config.get("num_hidden_layers"), high=_MOST_LAYERS)
         heads = sizes["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or sizes["hidden_size"] // heads
-        if heads % kv_heads:
-            raise UserError(f"config.json: {heads} attention heads are not a multiple of {kv_heads} kv heads")
-        if head_dim % 2:
-            raise UserError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
+        kv_heads, head_dim = _kv_heads(config, defaults, heads), _head_dim(config, sizes["hidden_size"], heads)
+        max_position = entries.integer("config.json", "max_position_embeddings",
+                                       config.get("max_position_embeddings", defaults["max_position_embeddings"]))
+        rope = RopeConfig.from_hf(config, max_position)
+        if rope.type == "dynamic" and head_dim == 2:
+            raise UserError("config.json: rope type 'dynamic' needs a head_dim above 2; found 2")
         return cls(
             vocab_size=sizes["vocab_size"], hidden_size=sizes["hidden_size"],
-            intermediate_size=sizes["intermediate_size"], num_layers=sizes["num_hidden_layers"], num_heads=heads,
-            num_kv_heads=kv_heads, head_dim=head_dim, rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_position=int(config.get("max_position_embeddings") or 2048),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)), rope=RopeConfig.from_hf(config))
+            intermediate_size=sizes["intermediate_size"], num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+            head_dim=head_dim, rms_norm_eps=entries.number("config.json", "rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+            max_position=max_position, rope=rope,
+            tie_embeddings=entries.flag("config.json", "tie_word_embeddings", config.get("tie_word_embeddings", False)))
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "LlamaConfig":
         """Reads `directory/config.json`; a missing or malformed file is a `UserError`."""
         return cls.from_hf(read_json(pathlib.Path(directory) / "config.json"))
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names, kind = config.get("architectures"), config.get("model_type")
+    if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
+        raise UserError(f"config.json needs a list of names 'architectures'; found {entries.shown(names)}")
+    if not isinstance(kind, str | None):
+        raise UserError(f"config.json needs a name 'model_type'; found {entries.shown(kind)}")
+    kinds = {values["model_type"]: name for name, values in _DEFAULTS.items()}
+    name = names[0] if names else kinds.get(kind or "", "none")
+    if name not in ARCHITECTURES:
+        raise UserError(f"architecture {entries.shown(name)} is not supported; known: {', '.join(ARCHITECTURES)}")
+    if kind not in (None, _DEFAULTS[name]["model_type"]):
+        raise UserError(f"config.json has model_type {entries.shown(kind)} beside architecture {name!r}; expected "
+                        f"{_DEFAULTS[name]['model_type']!r}")
+    return name
+
+
+def _kv_heads(config: Mapping[str, Any], defaults: Mapping[str, Any], heads: int) -> int:
+    found = config.get("num_key_value_heads", defaults.get("num_key_value_heads"))
+    kv_heads = heads if found is None else entries.integer("config.json", "num_key_value_heads", found)
+    if heads % kv_heads:
+        raise UserError(f"config.json: {heads} attention heads are not a multiple of {kv_heads} kv heads "
+                        "(num_key_value_heads)")
+    return kv_heads
+
+
+def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    found = config.get("head_dim")
+    if found is None and hidden % heads:
+        raise UserError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads "
+                        "(num_attention_heads), and no head_dim is given")
+    head_dim = hidden // heads if found is None else entries.integer("config.json", "head_dim", found)
+    if head_dim % 2:
+        raise UserError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    return head_dim
+
+
+def _check_token_ids(config: Mapping[str, Any]) -> None:
+    """Of whichever sign: old files have a pad_token_id of -1."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = config.get(key)
+        if key == "eos_token_id" and isinstance(found, list):
+            entries.integers("config.json", key, found, low=-entries.LARGEST)
+        elif found is not None:
+            entries.integer("config.json", key, found, low=-entries.LARGEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,8 @@ def eagle_config(head: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
     version = eagle_version(tensors)
     hidden = tensors["fc.weight"][0]
     own = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "vocab_size": target.vocab_size}
-    layer = LlamaConfig.from_hf({**own, **head, "architectures": ["LlamaForCausalLM"], "hidden_size": hidden})
+    layer = LlamaConfig.from_hf({**own, **head, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                                 "hidden_size": hidden})
     scored = tensors["lm_head.weight"][0] if "lm_head.weight" in tensors else target.vocab_size
     layer = dataclasses.replace(layer, vocab_size=scored)
     embed_size = tensors["embed_tokens.weight"][1] if "embed_tokens.weight" in tensors else target.hidden_size
