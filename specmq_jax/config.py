@@ -149,8 +149,20 @@ class DecodeConfig:
     reproducible: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_len < 2:
-            raise UserError(f"max_len must be at least 2 tokens; found {self.max_len}")
+        entries.integer("DecodeConfig", "max_len", self.max_len, low=2)
+        if not callable(self.sampling):
+            raise UserError(f"DecodeConfig needs Greedy() or Sampling(...) for 'sampling'; found "
+                            f"{entries.shown(self.sampling)}")
+        if not entries.is_integer(self.seed):
+            raise UserError(f"DecodeConfig needs an integer 'seed'; found {entries.shown(self.seed)}")
+        entries.flag("DecodeConfig", "reproducible", self.reproducible)
+        object.__setattr__(self, "stop_tokens", entries.integers("DecodeConfig", "stop_tokens", self.stop_tokens))
+        if self.prefill_chunks is not None:
+            chunks = entries.integers("DecodeConfig", "prefill_chunks", self.prefill_chunks, low=1)
+            if not chunks:
+                raise UserError("DecodeConfig needs at least one length in 'prefill_chunks'; found none (None suits the "
+                                "device)")
+            object.__setattr__(self, "prefill_chunks", chunks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +180,8 @@ class TreeConfig:
     size: int = 60
 
     def __post_init__(self) -> None:
+        for key, value in (("depth", self.depth), ("top_k", self.top_k), ("size", self.size)):
+            entries.integer("TreeConfig", key, value, low=-entries.LARGEST)
         if min(self.depth, self.top_k) < 1 or self.size < 2:
             raise UserError(f"a tree needs depth and top_k of at least 1 and a size of at least 2; found {self.depth}, "
                             f"{self.top_k}, {self.size}")
