@@ -1,14 +1,17 @@
 """GGUF files of architecture llama (llama.cpp), parsed and dequantised by the `gguf` library."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
 import numpy as np
 
-from checkpoints_tools.readers import gguf_tokenizer
+from checkpoints_tools.readers import gguf_rope, gguf_tokenizer
 from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
+from checkpoints_tools.readers.gguf_file import Metadata, open_file
 from checkpoints_tools.readers.hf import is_unturned
+from specmq_jax import entries
 from specmq_jax.config import LlamaConfig
 from specmq_jax.errors import UserError
 from specmq_jax.parameters import Formats
@@ -20,18 +23,24 @@ _NAMES = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 8192}
-"""Of Llama 3.1 to 3.3. GGUF keeps none of it but the divisors of the frequencies that follow from it."""
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "expert_count": (0,), "use_parallel_residual": (False,), "logit_scale": (0, 1), "residual_scale": (0, 1),
+    "embedding_scale": (0, 1), "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "attention.scale": (0,),
+    "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1), "attention.temperature_scale": (0,), "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,), "rope.scaling.alpha": (0,),
+}
+"""Metadata (without `llama.`) that changes what a model computes, and the values with which it changes nothing."""
+_TOKENS = "tokenizer.ggml.tokens"
 
 
 class GgufReader(ModuleReader):
     """A GGUF file; its quantised types are dequantised, and q's and k's rows put back into Hugging Face's order.
 
     Raises:
-      UserError: a truncated or damaged file, another architecture, a tensor that is missing, unknown, misshapen or of
-        a type other than F32, F16, BF16, Q8_0, Q4_0, Q4_1; rotary factors that no known rope type has.
+      UserError: a truncated or damaged file, another architecture, metadata that is missing, of the wrong kind or not
+        honoured, a tensor that is missing, unknown, misshapen or of a type other than F32, F16, BF16, Q8_0, Q4_0, Q4_1;
+        rotary factors that no known rope type has; on reading, a value that is not finite.
     """
 
     kind = "GGUF"
@@ -39,12 +48,13 @@ class GgufReader(ModuleReader):
     def __init__(self, path: pathlib.Path):
         self.location = path
         self.files = [path]
-        file = _open(path)
-        self.metadata = dict(file.fields)
+        file = open_file(path)
+        self._fields = dict(file.fields)
         self._tensors = {tensor.name: tensor for tensor in file.tensors}
-        self.tokenizer = gguf_tokenizer.describe(self.value)
+        self.metadata = Metadata(self.value, str(path))
         self.config = self._find_config()
-        self.llama = LlamaConfig.from_hf(self.config)
+        self.tokenizer = gguf_tokenizer.describe(self.value, str(path), self.config["vocab_size"])
+        self.llama = self._parse_config()
         self._locate()
         self._refuse_unknown_tensors()
         linears = {_PRECISIONS[stored.type] for module, stored in self.stored.items() if module.endswith("_proj")}
@@ -54,78 +64,77 @@ class GgufReader(ModuleReader):
                                       "head": head})
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
-        gguf_tokenizer.save(self.value, directory)
+        gguf_tokenizer.save(self.value, directory, str(self.location))
 
     def value(self, key: str, default: Any = None) -> Any:
         """A metadata entry's contents, or `default`."""
-        field = self.metadata.get(key)
-        return default if field is None else field.contents()
+        field = self._fields.get(key)
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.location} holds a text in {key} that is not UTF-8") from None
 
     def _find_config(self) -> dict[str, Any]:
-        architecture = self.value("general.architecture")
+        metadata = self.metadata
+        architecture = metadata.text("general.architecture")
         if architecture != "llama":
-            raise UserError(f"{self.location} has architecture {architecture!r}; only 'llama' is supported")
-        if self.value("split.count", 1) > 1:
-            raise UserError(f"{self.location} is one part of {self.value('split.count')}; join them with "
+            raise UserError(f"{self.location} has architecture {entries.shown(architecture)}; only 'llama' is supported")
+        if metadata.integer("split.count", 1, low=0) > 1:
+            raise UserError(f"{self.location} is one part of {self.value('split.count')} (split.count); join them with "
                             "llama-gguf-split --merge")
-        if self.value("llama.expert_count", 0):
-            raise UserError(f"{self.location} is a mixture of {self.value('llama.expert_count')} experts, which is not "
-                            "supported")
-        heads, hidden = self._number("attention.head_count"), self._number("embedding_length")
-        head_dim = self.value("llama.attention.key_length", hidden // heads)
+        self._refuse_unsupported()
+        heads = metadata.integer("llama.attention.head_count", required=True)
+        hidden = metadata.integer("llama.embedding_length", required=True)
+        context = metadata.integer("llama.context_length", required=True)
+        head_dim = metadata.integer("llama.attention.key_length", hidden // heads)
         for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-            if self.value(key, head_dim) != head_dim:
+            if metadata.integer(key, head_dim, low=0) != head_dim:
                 raise UserError(f"{self.location} has {key} {self.value(key)}; only the head size {head_dim} is supported")
-        tokens = len(self.metadata["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in self.metadata else None
+        eps = metadata.number("llama.attention.layer_norm_rms_epsilon", required=True)
         config = {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "vocab_size": self.value("llama.vocab_size", tokens), "hidden_size": hidden, "head_dim": head_dim,
-            "intermediate_size": self._number("feed_forward_length"), "num_hidden_layers": self._number("block_count"),
-            "num_attention_heads": heads, "num_key_value_heads": self.value("llama.attention.head_count_kv", heads),
-            "rms_norm_eps": _shortest(self._number("attention.layer_norm_rms_epsilon")),
-            "max_position_embeddings": self._number("context_length"),
+            "vocab_size": self._find_vocabulary_size(), "hidden_size": hidden, "head_dim": head_dim,
+            "intermediate_size": metadata.integer("llama.feed_forward_length", required=True),
+            "num_hidden_layers": metadata.integer("llama.block_count", required=True), "num_attention_heads": heads,
+            "num_key_value_heads": metadata.integer("llama.attention.head_count_kv", heads),
+            "rms_norm_eps": gguf_rope.shortest(eps), "max_position_embeddings": context,
             "tie_word_embeddings": "output.weight" not in self._tensors,
-            "rope_parameters": self._find_rope(head_dim),
+            "rope_parameters": gguf_rope.find_rope(metadata, head_dim, context, self._find_divisors(head_dim)),
         }
-        ids = {f"{name}_token_id": self.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        ids = {f"{name}_token_id": metadata.integer(f"tokenizer.ggml.{name}_token_id", low=0) for name in ("bos", "eos")}
         return config | {name: value for name, value in ids.items() if value is not None}
 
-    def _number(self, key: str) -> Any:
-        value = self.value(f"llama.{key}")
-        if not isinstance(value, int | float):
-            raise UserError(f"{self.location} needs the number llama.{key} in its metadata; found {value!r}")
-        return value
+    def _parse_config(self) -> LlamaConfig:
+        try:
+            llama = LlamaConfig.from_hf(self.config)
+        except UserError as error:
+            raise UserError(f"{self.location} as Hugging Face's configuration: {error}") from None
+        gguf_rope.refuse_short_yarn(str(self.location), llama)
+        return llama
 
-    def _find_rope(self, head_dim: int) -> dict[str, Any]:
-        theta = {"rope_theta": _shortest(self.value("llama.rope.freq_base", 10000.0))}
-        kind = self.value("llama.rope.scaling.type", "none")
-        factor = self.value("llama.rope.scaling.factor", self.value("llama.rope.scale_linear", 1.0))
-        if _ROPE_FACTORS in self._tensors:
-            return theta | self._find_llama3(head_dim, theta["rope_theta"])
-        if kind == "none" or (kind == "linear" and factor == 1.0):
-            return theta | {"rope_type": "default"}
-        if kind == "linear":
-            return theta | {"rope_type": "linear", "factor": _shortest(factor)}
-        original = self.value("llama.rope.scaling.original_context_length")
-        if kind == "yarn" and original:
-            return theta | {"rope_type": "yarn", "factor": _shortest(factor),
-                            "original_max_position_embeddings": original}
-        raise UserError(f"{self.location} has rope scaling {kind!r}, which is not supported; known: none, linear, yarn "
-                        "with its original context length, llama3")
+    def _refuse_unsupported(self) -> None:
+        for key, plain in _NEUTRAL.items():
+            found = self.value(f"llama.{key}", plain[0])
+            if found not in plain or isinstance(found, bool) != isinstance(plain[0], bool):
+                raise UserError(f"{self.location} sets llama.{key} = {entries.shown(found)}; only "
+                                f"{entries.shown(plain[0])} is supported")
 
-    def _find_llama3(self, head_dim: int, theta: float) -> dict[str, Any]:
-        divisors = self._values(_ROPE_FACTORS)
-        if np.all(divisors == 1):
-            return {"rope_type": "default"}
-        scaling = _LLAMA3 | {"factor": _shortest(divisors.max())}
-        plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-        turns = _LLAMA3["original_max_position_embeddings"] * plain / (2 * np.pi)
-        smooth = np.clip((turns - 1) / 3, 0, 1)
-        expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-            raise UserError(f"{self.location} has rotary factors ({_ROPE_FACTORS}) other than Llama 3's; this scaling is "
-                            "not supported")
-        return scaling
+    def _find_vocabulary_size(self) -> int:
+        field = self._fields.get(_TOKENS)
+        tokens = None if field is None else len(field.data)
+        size = self.metadata.integer("llama.vocab_size", tokens)
+        if size is None:
+            raise UserError(f"{self.location} lacks both llama.vocab_size and {_TOKENS}")
+        return size
+
+    def _find_divisors(self, head_dim: int) -> np.ndarray | None:
+        tensor = self._tensors.get(gguf_rope.FACTORS)
+        if tensor is None:
+            return None
+        if tensor.tensor_type.name not in _PRECISIONS or tensor.n_elements != head_dim // 2:
+            raise UserError(f"{self.location} needs {head_dim // 2} rotary factors in {gguf_rope.FACTORS}; found "
+                            f"{tensor.n_elements} of type {tensor.tensor_type.name}")
+        return self._values(gguf_rope.FACTORS)
 
     def _holds(self, module: str) -> bool:
         return _tensor_name(module) in self._tensors
@@ -138,13 +147,14 @@ class GgufReader(ModuleReader):
         found = tuple(int(size) for size in tensor.shape[::-1])
         expected = shape if is_unturned(module, shape) else shape[::-1]
         if found != expected:
-            raise UserError(f"tensor {name} has shape {list(found)}; the metadata asks for {list(expected)}")
+            raise UserError(f"{self.location}: tensor {name} has shape {list(found)}; the metadata asks for {list(expected)}")
         if tensor.tensor_type.name not in _PRECISIONS:
-            raise UserError(f"tensor {name} has type {tensor.tensor_type.name}; supported are {', '.join(_PRECISIONS)}")
+            raise UserError(f"{self.location}: tensor {name} has type {tensor.tensor_type.name}; supported are "
+                            f"{', '.join(_PRECISIONS)}")
         return Stored(tensor.tensor_type.name, int(tensor.n_bytes))
 
     def _refuse_unknown_tensors(self) -> None:
-        known = {_tensor_name(module) for module in self.stored} | {_ROPE_FACTORS}
+        known = {_tensor_name(module) for module in self.stored} | {gguf_rope.FACTORS}
         for name in self._tensors.keys() - known:
             raise UserError(f"{self.location} holds the tensor {name}, which a Llama model of {self.llama.num_layers} "
                             "layers does not use")
@@ -161,31 +171,12 @@ class GgufReader(ModuleReader):
         """A tensor's values, f32. They are read from the file, not mapped, so what was read does not stay resident."""
         tensor = self._tensors[name]
         data = np.fromfile(self.location, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-        return gguf.quants.dequantize(data.reshape(tensor.data.shape), tensor.tensor_type)
-
-
-class _SizedReader(gguf.GGUFReader):
-    """Says what a truncated file lacks before the library fails on it."""
-
-    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
-        expected = start_offs
-        for field in fields:
-            *_, dims, raw_type, offset = field.parts
-            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(raw_type[0])]
-            expected = max(expected, start_offs + int(offset[0]) + int(np.prod(dims)) * size // block)
-        if len(self.data) < expected:
-            raise UserError(f"the file is truncated: it has {len(self.data)} bytes, expected {expected}")
-        super()._build_tensors(start_offs, fields)
-
-
-def _open(path: pathlib.Path) -> gguf.GGUFReader:
-    try:
-        return _SizedReader(path)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError):
-        raise UserError(f"{path} is truncated or damaged: it has {path.stat().st_size} bytes and its GGUF header can't be "
-                        "read") from None
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(data.reshape(tensor.data.shape), tensor.tensor_type)
+        # Extremes carry a NaN on, and need no array of their own as isfinite does.
+        if values.size and not np.isfinite((values.min(), values.max())).all():
+            raise UserError(f"{self.location}: tensor {name} holds a value that is not finite")
+        return values
 
 
 def _tensor_name(module: str) -> str:
@@ -198,8 +189,3 @@ def _tensor_name(module: str) -> str:
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's order of a head's rows: it pairs neighbours in its rotary embedding, Hugging Face halves."""
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _shortest(value: float) -> float:
-    """The decimal number that an f32 stands for: 1e-5 for 9.99999974e-06."""
-    return float(str(np.float32(value)))
