@@ -34,7 +34,7 @@ def texts(path: pathlib.Path) -> Iterator[str]:
                 elif line.strip():
                     try:
                         yield from _strings(json.loads(line))
-                    except json.JSONDecodeError as error:
+                    except (ValueError, RecursionError) as error:
                         raise UserError(f"{path}, line {number}: not JSON ({error})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {error}") from None

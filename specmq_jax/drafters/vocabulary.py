@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from specmq_jax import entries
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 from specmq_jax.head import Head
@@ -34,13 +35,15 @@ def read_ranking(path: str | pathlib.Path) -> tuple[Int32[np.ndarray, "V"], int]
     """The ranked ids of a file that `checkpoints_tools.rank_vocabulary` wrote, and the size of their vocabulary.
 
     Raises:
-      UserError: another kind of file, or ids that repeat or lie outside the vocabulary.
+      UserError: another kind of file, an entry that is missing or of the wrong kind, or ids that repeat or lie outside
+        the vocabulary.
     """
     content = read_json(pathlib.Path(path))
     if content.get("format") != FORMAT:
         raise UserError(f"{path} is no ranked vocabulary; make one with python -m checkpoints_tools.rank_vocabulary")
-    ids, size = np.asarray(content["token_ids"], np.int32), int(content["vocab_size"])
-    if len(set(ids.tolist())) < len(ids) or not len(ids) or ids.min() < 0 or ids.max() >= size:
+    size = entries.integer(str(path), "vocab_size", content.get("vocab_size"))
+    ids = np.asarray(entries.integers(str(path), "token_ids", content.get("token_ids")), np.int32)
+    if len(set(ids.tolist())) < len(ids) or not len(ids) or ids.max() >= size:
         raise UserError(f"{path} must rank distinct token ids below {size}")
     return ids, size
 
@@ -58,9 +61,9 @@ def cut_vocabulary(head: Head, ranked: Int32[np.ndarray, "N"], size: int) -> Hea
     """
     if head.params["ids"] is not None:
         raise UserError(f"this head scores a vocabulary of {head.config.layer.vocab_size} of its own, which can't be cut")
-    if not 0 < size <= len(ranked) or ranked.max() >= head.config.vocab_size:
-        raise UserError(f"a vocabulary of {size} tokens can't be cut from {len(ranked)} ranked ids for a target of "
-                        f"{head.config.vocab_size}")
+    if not entries.is_integer(size) or not 0 < size <= len(ranked) or ranked.max() >= head.config.vocab_size:
+        raise UserError(f"a vocabulary of {entries.shown(size)} tokens can't be cut from {len(ranked)} ranked ids for a "
+                        f"target of {head.config.vocab_size}")
     ids = jnp.asarray(np.sort(ranked[:size]))
     tree: dict[str, Any] = dict(head.params["head"]["params"])
     if head.config.tied_head:
