@@ -26,7 +26,6 @@ _ABSENT = (
     "attention_logit_cap", "final_logits_cap", "attention_chunk_size", "interleaved_sliding_window", "attention_window",
     "no_rope_layer_interval", "rope_local_base_freq", "rotary_dim", "kv_lora_rank", "q_lora_rank", "num_kv_shared_layers",
     "cla_share_factor", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts",
-    "chunk_size_feed_forward",
 )
 _FACTORS = (
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier", "key_multiplier",

@@ -101,8 +101,13 @@ class GgufReader(ModuleReader):
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "rope_parameters": gguf_rope.find_rope(metadata, head_dim, context, self._find_divisors(head_dim)),
         }
-        ids = {f"{name}_token_id": metadata.integer(f"tokenizer.ggml.{name}_token_id", low=0) for name in ("bos", "eos")}
-        return config | {name: value for name, value in ids.items() if value is not None}
+        for name in ("bos", "eos"):
+            found = metadata.integer(f"tokenizer.ggml.{name}_token_id", low=0)
+            if found is not None and found >= config["vocab_size"]:
+                raise UserError(f"{self.location} has tokenizer.ggml.{name}_token_id {found} and a vocabulary of "
+                                f"{config['vocab_size']}")
+            config |= {} if found is None else {f"{name}_token_id": found}
+        return config
 
     def _parse_config(self) -> LlamaConfig:
         try:

@@ -236,6 +236,11 @@ def test_linear_scaling_needs_no_type_and_has_an_old_name(tmp_path):
     assert rope.llama.rope.type == "default"
 
 
+def test_an_id_beyond_the_vocabulary_of_a_file_without_a_tokenizer(tmp_path):
+    changes = {"tokenizer.ggml.eos_token_id": (280, KINDS.UINT32)}
+    assert "eos_token_id 280 and a vocabulary of 280" in refusal(write(tmp_path / "x.gguf", changes, tokenizer=None))
+
+
 def test_rotary_factors_beside_a_scaling(tmp_path):
     extra = {"rope_freqs.weight": llama3_divisors(16, 10000.0)}
     linear = {f"{SCALING}factor": (4.0, KINDS.FLOAT32)}
@@ -263,3 +268,39 @@ def test_yarn_too_short_for_its_ramp(tmp_path):
     yarn = {f"{SCALING}type": ("yarn", KINDS.STRING), f"{SCALING}factor": (4.0, KINDS.FLOAT32),
             f"{SCALING}original_context_length": (1, KINDS.UINT32)}
     assert "too short" in refusal(write(tmp_path / "x.gguf", yarn))
+
+
+INNER = st.sampled_from([([1, 2], KINDS.INT32), ([1.5, 2.0], KINDS.FLOAT32), (["a", "b"], KINDS.STRING), ([True], KINDS.BOOL)])
+ANY = st.one_of(
+    st.tuples(st.integers(0, 2**32 - 1) | st.integers(0, 4), st.just(KINDS.UINT32)),
+    st.tuples(st.integers(-2**63, 2**63 - 1), st.just(KINDS.INT64)), st.tuples(st.floats(width=32), st.just(KINDS.FLOAT32)),
+    st.tuples(st.floats(), st.just(KINDS.FLOAT64)), st.tuples(st.booleans(), st.just(KINDS.BOOL)),
+    st.tuples(st.text(max_size=4), st.just(KINDS.STRING)),
+    INNER.map(lambda inner: (inner[0], KINDS.ARRAY, inner[1])))
+KEYS_THERE = [*SIZES, "general.architecture", "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base",
+              *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type", "merges", "scores",
+                                                      "bos_token_id", "eos_token_id", "eot_token_id", "unknown_token_id")),
+              "tokenizer.chat_template"]
+KEYS_MORE = ["tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix", "llama.expert_count", "split.count",
+             "llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.sliding_window",
+             "llama.rope.scale_linear", *(f"{SCALING}{name}" for name in (
+                 "type", "factor", "attn_factor", "original_context_length", "yarn_beta_fast", "yarn_log_multiplier"))]
+
+
+@lengths
+def test_metadata_at_random_is_read_or_refused_in_one_line(tmp_path, examples):
+    @searching(examples)
+    @given(st.dictionaries(st.sampled_from([*KEYS_THERE, *KEYS_MORE]), ANY, min_size=1, max_size=3),
+           st.sampled_from([byte_level_metadata, sentence_piece_metadata]))
+    def search(changes, tokenizer):
+        path = write(tmp_path / "x.gguf", changes, tokenizer)
+        try:
+            reader = open_source(path)
+            reader.save_tokenizer(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            return
+        frequencies, scale = reader.llama.rope.frequencies(16, 4096)
+        assert not np.isnan(frequencies).any() and scale > 0
+
+    search()

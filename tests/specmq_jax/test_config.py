@@ -211,7 +211,7 @@ def test_entries_that_change_nothing_are_accepted():
                 "attention_bias": False, "mlp_bias": False, "sliding_window": None, "rope_scaling": None,
                 "layer_types": ["full_attention", "full_attention"], "no_rope_layers": [1, 1], "logit_scale": 1.0,
                 "embedding_multiplier": 1, "num_experts": 0, "use_qk_norm": False, "partial_rotary_factor": 1.0,
-                "is_encoder_decoder": False, "pruned_heads": {}, "chunk_size_feed_forward": 0, "num_labels": HUGE}
+                "is_encoder_decoder": False, "pruned_heads": {}, "chunk_size_feed_forward": 16, "num_labels": HUGE}
     assert LlamaConfig.from_hf(PLAIN | harmless) == LlamaConfig.from_hf(PLAIN)
 
 
