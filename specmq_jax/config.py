@@ -7,7 +7,7 @@ from typing import Any
 
 from specmq_jax import entries
 from specmq_jax.errors import UserError
-from specmq_jax.hf_options import refuse_unsupported
+from specmq_jax.hf_options import refuse_unsupported, refuse_window
 from specmq_jax.json_files import read_json
 from specmq_jax.rope_config import RopeConfig
 from specmq_jax.sampling import Greedy, Sampler
@@ -54,7 +54,7 @@ class LlamaConfig:
             fit each other, or an option that changes the function (biases, sliding window, another activation).
         """
         defaults = _DEFAULTS[_architecture(config)]
-        refuse_unsupported(config, defaults)
+        refuse_unsupported(config)
         _check_token_ids(config)
         sizes = {key: entries.integer("config.json", key, config.get(key))
                  for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
@@ -63,6 +63,7 @@ class LlamaConfig:
         kv_heads, head_dim = _kv_heads(config, defaults, heads), _head_dim(config, sizes["hidden_size"], heads)
         max_position = entries.integer("config.json", "max_position_embeddings",
                                        config.get("max_position_embeddings", defaults["max_position_embeddings"]))
+        refuse_window(config, defaults.get("sliding_window"), max_position)
         rope = RopeConfig.from_hf(config, max_position)
         if rope.type == "dynamic" and head_dim == 2:
             raise UserError("config.json: rope type 'dynamic' needs a head_dim above 2; found 2")

@@ -8,7 +8,7 @@ initialisation, `pretraining_tp`, which transformers 5 ignores), or is read else
 from collections.abc import Mapping
 from typing import Any
 
-from specmq_jax.entries import shown
+from specmq_jax.entries import is_integer, shown
 from specmq_jax.errors import UserError
 
 _OFF, _NONE, _ONE = (False, None), (None, 0, False), (None, 1)
@@ -34,7 +34,7 @@ _FACTORS = (
     "rotary_percentage", "rope_condense_ratio",
 )
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish"),
     "position_embedding_type": (None, "rope", "absolute"), "use_rope": (None, True), "is_causal": (None, True),
     "norm_type": (None, "rmsnorm", "rms_norm"), "pruned_heads": (None, {}, []), "per_layer_config": (None, {}),
     **dict.fromkeys(_FLAGS, _OFF), **dict.fromkeys(_ABSENT, _NONE), **dict.fromkeys(_FACTORS, _ONE),
@@ -44,12 +44,8 @@ _PLAIN_LAYERS = {"layer_types": "full_attention", "mlp_layer_types": "dense", "n
 """Lists with an entry a layer, and the entry with which a layer is as all others. A 1 keeps a layer's rope."""
 
 
-def refuse_unsupported(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses what changes a model's function and is not honoured.
-
-    Args:
-      config: all entries of config.json.
-      defaults: what transformers takes for entries that are absent.
+def refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Refuses what changes a model's function and is not honoured; `refuse_window` looks at the sliding window.
 
     Raises:
       UserError: an entry has such a value; the message names it.
@@ -57,13 +53,29 @@ def refuse_unsupported(config: Mapping[str, Any], defaults: Mapping[str, Any]) -
     for key, plain in _PLAIN.items():
         if key in config and not _among(config[key], plain):
             raise UserError(f"config.json sets {key} = {shown(config[key])}; only {shown(plain[0])} is supported")
-        if key not in config and not _among(defaults.get(key, plain[0]), plain):
-            raise UserError(f"config.json lacks {key}, which is {shown(defaults[key])} then; only {shown(plain[0])} is "
-                            "supported, and the file must say it")
     for key, plain in _PLAIN_LAYERS.items():
         layers = config.get(key)
         if layers is not None and not (isinstance(layers, list) and all(_among(layer, (plain,)) for layer in layers)):
             raise UserError(f"config.json sets {key} = {shown(layers)}; only {shown(plain)} for every layer is supported")
+
+
+def refuse_window(config: Mapping[str, Any], absent: int | None, max_position: int) -> None:
+    """Refuses a sliding window that hides any of the model's positions from a later one.
+
+    Args:
+      config: all entries of config.json.
+      absent: the window that transformers takes where the file says nothing.
+      max_position: the model's positions.
+
+    Raises:
+      UserError: there is such a window.
+    """
+    window = config.get("sliding_window", absent)
+    if window is None or (is_integer(window) and window >= max_position):
+        return
+    said = "sets sliding_window =" if "sliding_window" in config else "lacks sliding_window, which is then"
+    raise UserError(f"config.json {said} {shown(window)}; only null, or a window of at least the {max_position} positions, is "
+                    "supported")
 
 
 def _among(value: Any, plain: tuple[Any, ...]) -> bool:

@@ -28,7 +28,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "embedding_scale": (0, 1), "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "attention.scale": (0,),
     "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
     "attention.output_scale": (0, 1), "attention.temperature_scale": (0,), "attention.shared_kv_layers": (0,),
-    "attention.sliding_window": (0,), "rope.scaling.alpha": (0,),
+    "rope.scaling.alpha": (0,),
 }
 """Metadata (without `llama.`) that changes what a model computes, and the values with which it changes nothing."""
 _TOKENS = "tokenizer.ggml.tokens"
@@ -98,6 +98,7 @@ class GgufReader(ModuleReader):
             "num_hidden_layers": metadata.integer("llama.block_count", required=True), "num_attention_heads": heads,
             "num_key_value_heads": metadata.integer("llama.attention.head_count_kv", heads),
             "rms_norm_eps": gguf_rope.shortest(eps), "max_position_embeddings": context,
+            "sliding_window": metadata.integer("llama.attention.sliding_window", 0, low=0) or None,
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "rope_parameters": gguf_rope.find_rope(metadata, head_dim, context, self._find_divisors(head_dim)),
         }

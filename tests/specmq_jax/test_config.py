@@ -187,7 +187,7 @@ def test_yarn_of_one_original_position_changes_no_frequency():
 
 
 @pytest.mark.parametrize(("key", "values"), [
-    ("attention_bias", [True, None, 1]), ("mlp_bias", [True, "false"]), ("sliding_window", [4096, 0, False]),
+    ("attention_bias", [True, None, 1]), ("mlp_bias", [True, "false"]), ("sliding_window", [255, 0, False, "4096", 4096.0]),
     ("attention_multiplier", [0.0078125, 1.0]), ("embedding_multiplier", [12.0]), ("logits_scaling", [8.0]),
     ("residual_multiplier", [0.22]), ("final_logit_softcapping", [30.0]), ("attn_logit_softcapping", [50.0]),
     ("use_qk_norm", [True]), ("qk_layernorm", [True]), ("clip_qkv", [8.0]), ("logit_scale", [0.0625, True]),
@@ -233,8 +233,15 @@ def test_absent_entries_have_the_references_defaults():
 
 def test_a_mistral_that_says_nothing_of_its_window_has_one():
     lacking = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
-    assert transformers.MistralConfig().sliding_window == 4096
-    assert "config.json lacks sliding_window, which is 4096" in refusal(lacking)
+    window = transformers.MistralConfig().sliding_window
+    assert f"config.json lacks sliding_window, which is then {window}" in refusal(
+        lacking | {"max_position_embeddings": window + 1})
+    assert LlamaConfig.from_hf(lacking | {"max_position_embeddings": window}).max_position == window
+
+
+def test_a_window_over_all_positions_hides_none():
+    for window in (256, 4096):
+        assert LlamaConfig.from_hf(MISTRAL | {"sliding_window": window}) == LlamaConfig.from_hf(MISTRAL)
 
 
 def test_a_hidden_size_that_heads_do_not_divide_needs_a_head_dim():
