@@ -4,7 +4,7 @@ share."""
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax
@@ -36,13 +36,28 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="Run the I-th of N parts of the chosen tests: -m gpu --shard=2/3.")
+
+
+def _shard(config: pytest.Config) -> tuple[int, int]:
+    """Which part of how many, counted from 0."""
+    given = config.option.shard or "1/1"
+    number, _, count = given.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise pytest.UsageError(f"--shard={given}: expected I/N with I from 1 to N")
+    return int(number) - 1, int(count)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _shard(config)
     need = NEEDS.get(config.option.markexpr)
     if need and not need.is_met():
         raise pytest.UsageError(f"-m {config.option.markexpr} asks for tests that can't run: {need.missing}")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     left_out = {}
     for marker, need in NEEDS.items():
         needing = [item for item in items if item.get_closest_marker(marker)]
@@ -55,6 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if slow := sum(item.get_closest_marker("slow") is not None for item in items):
             left_out["slow"] = slow
     config.stash[_LEFT_OUT] = left_out
+    yield  # pytest itself drops tests by -m and -k
+    number, count = _shard(config)
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != number])
+    items[:] = items[number::count]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
