@@ -74,11 +74,11 @@ class Observer:
     def check(self, target: sm.LlamaConfig) -> None:
         self.watched.check(target)
 
-    def init(self, max_len: int) -> ObserverState:
+    def init(self, max_len: int, *, limit: int | None = None) -> ObserverState:
         shape = self.places, self.watched.tree.candidates
         return ObserverState(
-            inner=self.watched.init(max_len), scores=jnp.zeros(shape, jnp.float32), tokens=jnp.zeros(shape, jnp.int32),
-            parents=jnp.zeros(shape, jnp.int32), count=jnp.int32(0))
+            inner=self.watched.init(max_len, limit=limit), scores=jnp.zeros(shape, jnp.float32),
+            tokens=jnp.zeros(shape, jnp.int32), parents=jnp.zeros(shape, jnp.int32), count=jnp.int32(0))
 
     def prefill(self, params: Any, state: ObserverState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> ObserverState:

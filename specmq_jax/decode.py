@@ -134,7 +134,7 @@ class Decoder:
         # a cache is two arrays a layer: made one by one they would take longer than a short prompt
         empty = functools.partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
         self._empty_cache = empty(lambda: self.target.new_cache(self._capacity, limit=self.config.max_len))
-        self._empty_drafter = empty(lambda: self.drafter.init(self._capacity))
+        self._empty_drafter = empty(lambda: self.drafter.init(self._capacity, limit=self.config.max_len))
         self._ingest = jax.jit(self._ingest_chunk, donate_argnums=1)
         self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
         self._score = jax.jit(self._logits_of)

@@ -43,9 +43,9 @@ class Head:
         tree = self.params["head"]["params"]
         return sum(leaf.nbytes for name, part in tree.items() if name != "embed" for leaf in jax.tree.leaves(part))
 
-    def new_cache(self, max_len: int) -> KVCache:
-        """An empty cache of `max_len` rows."""
-        return KVCache.create(self.config.layer, max_len, self.module.format.dtype)
+    def new_cache(self, max_len: int, *, limit: int | None = None) -> KVCache:
+        """An empty cache of `max_len` rows, meant for `limit` tokens (default: as many)."""
+        return KVCache.create(self.config.layer, max_len, self.module.format.dtype, limit=limit)
 
     def check(self, target: LlamaConfig) -> None:
         """Raises a `UserError` where the head was made for a target of other sizes."""

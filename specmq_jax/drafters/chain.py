@@ -73,8 +73,8 @@ class ChainDrafter:
     def check(self, target: LlamaConfig) -> None:
         check_vocabulary(self.model.config, target)
 
-    def init(self, max_len: int) -> ChainState:
-        return ChainState(cache=self.model.new_cache(max_len), previous=jnp.int32(0))
+    def init(self, max_len: int, *, limit: int | None = None) -> ChainState:
+        return ChainState(cache=self.model.new_cache(max_len, limit=limit), previous=jnp.int32(0))
 
     def prefill(self, params: Any, state: ChainState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> ChainState:

@@ -108,8 +108,8 @@ class EagleDrafter:
     def check(self, target: LlamaConfig) -> None:
         self.head.check(target)
 
-    def init(self, max_len: int) -> EagleState:
-        return EagleState(cache=self.head.new_cache(max_len),
+    def init(self, max_len: int, *, limit: int | None = None) -> EagleState:
+        return EagleState(cache=self.head.new_cache(max_len, limit=limit),
                           feature=jnp.zeros(self.head.config.layer.hidden_size, jnp.float32))
 
     def prefill(self, params: Any, state: EagleState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],

@@ -97,11 +97,11 @@ class HierarchicalDrafter:
     def check(self, target: LlamaConfig) -> None:
         check_vocabulary(self.model.config, target)
 
-    def init(self, max_len: int) -> HierarchicalState:
+    def init(self, max_len: int, *, limit: int | None = None) -> HierarchicalState:
         width = self.inner.head.config.feature_size
         return HierarchicalState(
-            cache=self.model.new_cache(max_len), inner=self.inner.init(max_len), position=jnp.int32(0),
-            ahead=jnp.asarray(False), token=jnp.int32(0), drafted=jnp.int32(0),
+            cache=self.model.new_cache(max_len, limit=limit), inner=self.inner.init(max_len, limit=limit),
+            position=jnp.int32(0), ahead=jnp.asarray(False), token=jnp.int32(0), drafted=jnp.int32(0),
             features=jnp.zeros((self.tree_size + 1, width), jnp.float32),
             accept_lengths=jnp.zeros(max_len, jnp.int32), rounds=jnp.int32(0))
 

@@ -23,8 +23,8 @@ class NoDrafter:
     def check(self, target: LlamaConfig) -> None:
         del target
 
-    def init(self, max_len: int) -> tuple[()]:
-        del max_len
+    def init(self, max_len: int, *, limit: int | None = None) -> tuple[()]:
+        del max_len, limit
         return ()
 
     def prefill(self, params: tuple[()], state: tuple[()], tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],

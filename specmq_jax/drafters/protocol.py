@@ -43,8 +43,8 @@ class Drafter(Protocol):
     def check(self, target: LlamaConfig) -> None:
         """Raises a `UserError` where the drafter can't draft for that target."""
 
-    def init(self, max_len: int) -> State:
-        """An empty state for sequences of at most `max_len` cache rows."""
+    def init(self, max_len: int, *, limit: int | None = None) -> State:
+        """An empty state of `max_len` cache rows for sequences of at most `limit` tokens (default: as many)."""
 
     def prefill(self, params: Params, state: State, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> State:

@@ -69,8 +69,8 @@ class OracleDrafter:
     def check(self, target):
         del target
 
-    def init(self, max_len):
-        del max_len
+    def init(self, max_len, *, limit=None):
+        del max_len, limit
         return OracleState(position=jnp.int32(0))
 
     def prefill(self, params, state, tokens, next_tokens, features, count):
