@@ -33,7 +33,8 @@ class HierarchicalState:
       token: i32 scalar, that token.
       drafted: i32 scalar, tokens drafted in the round that awaits `advance`.
       features: [N, F], the small model's features at P, P + 1, ... as the round wrote them.
-      accept_lengths: i32[L], tokens each inner round accepted; rounds: i32 scalar, how many that is.
+      accept_lengths: i32[R], tokens each inner round accepted, room for every round there can be; rounds: i32 scalar, how
+        many that is.
     """
 
     cache: KVCache
@@ -43,7 +44,7 @@ class HierarchicalState:
     token: Int32[Array, ""]
     drafted: Int32[Array, ""]
     features: Float[Array, "N F"]
-    accept_lengths: Int32[Array, "L"]
+    accept_lengths: Int32[Array, "R"]
     rounds: Int32[Array, ""]
 
 
@@ -99,11 +100,13 @@ class HierarchicalDrafter:
 
     def init(self, max_len: int, *, limit: int | None = None) -> HierarchicalState:
         width = self.inner.head.config.feature_size
+        # A round of the target commits at least one token, and each inner round of it drafts at least one.
+        most_rounds = max_len * self.min_draft_length
         return HierarchicalState(
             cache=self.model.new_cache(max_len, limit=limit), inner=self.inner.init(max_len, limit=limit),
             position=jnp.int32(0), ahead=jnp.asarray(False), token=jnp.int32(0), drafted=jnp.int32(0),
             features=jnp.zeros((self.tree_size + 1, width), jnp.float32),
-            accept_lengths=jnp.zeros(max_len, jnp.int32), rounds=jnp.int32(0))
+            accept_lengths=jnp.zeros(most_rounds, jnp.int32), rounds=jnp.int32(0))
 
     def prefill(self, params: Any, state: HierarchicalState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> HierarchicalState:

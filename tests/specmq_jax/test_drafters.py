@@ -1,4 +1,4 @@
-"""Drafters draft by the rotary frequencies of the target's length."""
+"""Drafters draft by the rotary frequencies of the target's length, and the hierarchy keeps all its accept lengths."""
 
 import dataclasses
 
@@ -53,3 +53,18 @@ def test_a_dynamic_heads_features_do_not_follow_from_the_caches_padding(dynamic,
         for drafting, chunk in ((stretched, 64), (stretched, 700), (head, 64))]
     np.testing.assert_allclose(features[0], features[1], rtol=1e-4, atol=1e-4)
     assert np.abs(features[0] - features[2]).max() > 1e-2
+
+
+def test_every_inner_rounds_accept_length_is_kept():
+    """The target rejects what the small model drafts, and that model what its head does: no round is shorter."""
+    target, small = (sm.random_model(tiny_config(vocab_size=512, hidden_size=256, head_dim=64), "fp32", seed=seed)
+                     for seed in (6, 7))
+    inner = sm.EagleDrafter(sm.load_head(EAGLE / "eagle2_head", small), sm.TreeConfig(depth=1, top_k=1, size=2))
+    decoder = sm.Decoder(target, sm.HierarchicalDrafter(small, inner, 6), sm.DecodeConfig(max_len=250, prefill_chunks=(8,)))
+    found = decoder.generate(PROMPT)
+    rounds, least = len(found.accept_lengths), 6 * len(found.accept_lengths) / 2
+    assert rounds > 200 and least > 384, "more inner rounds than the caches have rows"
+    assert len(found.draft_accept_lengths) >= least
+    assert set(found.draft_accept_lengths.tolist()) <= {1, 2}
+    # each round drafts 6 tokens, or 7 where the last inner round of it accepted 2
+    assert 6 * rounds <= found.draft_accept_lengths.sum() + np.count_nonzero(found.accept_lengths > 6) <= 7 * rounds
