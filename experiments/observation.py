@@ -71,8 +71,8 @@ class Observer:
     def round_bytes(self) -> int:
         return self.watched.round_bytes
 
-    def check(self, target: sm.LlamaConfig) -> None:
-        self.watched.check(target)
+    def check(self, target: sm.LlamaConfig, *, max_len: int | None = None) -> None:
+        self.watched.check(target, max_len=max_len)
 
     def init(self, max_len: int, *, limit: int | None = None) -> ObserverState:
         shape = self.places, self.watched.tree.candidates

@@ -20,7 +20,7 @@ from specmq_jax.head_file import Shapes, Tensors
 from specmq_jax.model import Model
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Head:
     """What `load_head` returns.
 
@@ -36,6 +36,11 @@ class Head:
     module: EagleHead
     params: Any
     capture: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        layer = self.config.layer
+        return (f"Head(eagle{self.config.version}, {layer.num_layers} {'layer' if layer.num_layers == 1 else 'layers'} of "
+                f"{layer.hidden_size}, {layer.vocab_size} tokens, {self.module.format.name})")
 
     @functools.cached_property
     def weight_bytes(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig
+from specmq_jax.drafters.checks import check_lengths, check_model, describe_model, is_count
 from specmq_jax.errors import UserError
 from specmq_jax.model import Model, check_vocabulary
 from specmq_jax.tree import Accepted, DraftTree
@@ -30,7 +31,7 @@ class ChainState:
     previous: Int32[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ChainDrafter:
     """Drafts `length` tokens a round (`length` + 1 nodes with the root).
 
@@ -43,8 +44,13 @@ class ChainDrafter:
     length: int = 4
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"a chain drafter drafts at least 1 token a round; found length {self.length}")
+        check_model(self.model)
+        if not is_count(self.length):
+            raise UserError(f"a chain drafter drafts at least 1 token a round; length must be a whole number, found "
+                            f"{self.length!r}")
+
+    def __repr__(self) -> str:
+        return f"ChainDrafter({describe_model(self.model)}, length={self.length})"
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -70,8 +76,9 @@ class ChainDrafter:
     def round_bytes(self) -> int:
         return self.length * self.model.weight_bytes
 
-    def check(self, target: LlamaConfig) -> None:
+    def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         check_vocabulary(self.model.config, target)
+        check_lengths(self.model.config, self.max_depth, max_len)
 
     def init(self, max_len: int, *, limit: int | None = None) -> ChainState:
         return ChainState(cache=self.model.new_cache(max_len, limit=limit), previous=jnp.int32(0))

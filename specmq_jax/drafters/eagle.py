@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.top_k import api as top_k_kernels
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig, TreeConfig
+from specmq_jax.drafters.checks import check_depth
 from specmq_jax.errors import UserError
 from specmq_jax.head import Head
 from specmq_jax.tree import Accepted, DraftTree
@@ -64,7 +65,7 @@ class Candidates:
                                       jnp.where(above < 0, 0, place[above]), max_depth=tree.depth)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class EagleDrafter:
     """Grows a tree with an EAGLE head.
 
@@ -77,9 +78,18 @@ class EagleDrafter:
     tree: TreeConfig = TreeConfig()
 
     def __post_init__(self) -> None:
-        scored = self.head.config.layer.vocab_size
-        if self.tree.top_k > scored:
-            raise UserError(f"top_k {self.tree.top_k} exceeds the head's vocabulary of {scored}")
+        layer = getattr(getattr(self.head, "config", None), "layer", None)
+        if not isinstance(layer, LlamaConfig):
+            raise UserError(f"the head must be what specmq_jax.load_head returns; found a {type(self.head).__name__}")
+        if not isinstance(self.tree, TreeConfig):
+            raise UserError(f"the tree must be a specmq_jax.TreeConfig; found a {type(self.tree).__name__}")
+        if self.tree.top_k > layer.vocab_size:
+            raise UserError(f"top_k {self.tree.top_k} exceeds the head's vocabulary of {layer.vocab_size}; choose at most as "
+                            "many")
+
+    def __repr__(self) -> str:
+        tree = self.tree
+        return f"EagleDrafter({self.head!r}, depth={tree.depth}, top_k={tree.top_k}, size={tree.size})"
 
     @property
     def params(self) -> Any:
@@ -105,8 +115,9 @@ class EagleDrafter:
     def round_bytes(self) -> int:
         return self.tree.depth * self.head.weight_bytes
 
-    def check(self, target: LlamaConfig) -> None:
+    def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         self.head.check(target)
+        check_depth(self.max_depth, max_len)
 
     def init(self, max_len: int, *, limit: int | None = None) -> EagleState:
         return EagleState(cache=self.head.new_cache(max_len, limit=limit),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig
+from specmq_jax.drafters.checks import check_flag, check_lengths, check_model, describe_model, is_count
 from specmq_jax.drafters.eagle import EagleDrafter, EagleState
 from specmq_jax.errors import UserError
 from specmq_jax.model import Model, check_vocabulary
@@ -48,7 +49,7 @@ class HierarchicalState:
     rounds: Int32[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HierarchicalDrafter:
     """Contains decode rounds of a small model, each with a tree of its own EAGLE head.
 
@@ -66,9 +67,17 @@ class HierarchicalDrafter:
     draft_model_start: bool = False
 
     def __post_init__(self) -> None:
-        if self.min_draft_length < 1:
-            raise UserError(f"min_draft_length must be at least 1; found {self.min_draft_length}")
+        check_model(self.model)
+        if not isinstance(self.inner, EagleDrafter):
+            raise UserError(f"the inner drafter must be a specmq_jax.EagleDrafter; found a {type(self.inner).__name__}")
+        if not is_count(self.min_draft_length):
+            raise UserError(f"min_draft_length must be at least 1, a whole number; found {self.min_draft_length!r}")
+        check_flag("draft_model_start", self.draft_model_start)
         self.inner.check(self.model.config)
+
+    def __repr__(self) -> str:
+        return (f"HierarchicalDrafter({describe_model(self.model)}, {self.inner!r}, min_draft_length={self.min_draft_length}, "
+                f"draft_model_start={self.draft_model_start})")
 
     @property
     def params(self) -> Any:
@@ -95,8 +104,9 @@ class HierarchicalDrafter:
         """Of one inner round; how many a round takes depends on what they accept."""
         return self.model.weight_bytes + self.inner.round_bytes
 
-    def check(self, target: LlamaConfig) -> None:
+    def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         check_vocabulary(self.model.config, target)
+        check_lengths(self.model.config, self.max_depth, max_len)
 
     def init(self, max_len: int, *, limit: int | None = None) -> HierarchicalState:
         width = self.inner.head.config.feature_size

@@ -9,7 +9,7 @@ from specmq_jax.config import LlamaConfig
 from specmq_jax.tree import Accepted, DraftTree
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NoDrafter:
     """Proposes nothing, so that each round commits the target's one next token."""
 
@@ -20,8 +20,11 @@ class NoDrafter:
     max_depth: int = 0
     round_bytes: int = 0
 
-    def check(self, target: LlamaConfig) -> None:
-        del target
+    def __repr__(self) -> str:
+        return "NoDrafter()"
+
+    def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
+        del target, max_len
 
     def init(self, max_len: int, *, limit: int | None = None) -> tuple[()]:
         del max_len, limit

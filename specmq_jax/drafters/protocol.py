@@ -40,8 +40,8 @@ class Drafter(Protocol):
     def round_bytes(self) -> int:
         """Bytes of weights that one `propose` and `advance` read."""
 
-    def check(self, target: LlamaConfig) -> None:
-        """Raises a `UserError` where the drafter can't draft for that target."""
+    def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
+        """Raises a `UserError` where the drafter can't draft for that target or, if it is given, for `max_len` tokens."""
 
     def init(self, max_len: int, *, limit: int | None = None) -> State:
         """An empty state of `max_len` cache rows for sequences of at most `limit` tokens (default: as many)."""

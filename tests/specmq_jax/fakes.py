@@ -66,8 +66,8 @@ class OracleDrafter:
     def max_depth(self):
         return self.tree_size - 1
 
-    def check(self, target):
-        del target
+    def check(self, target, *, max_len=None):
+        del target, max_len
 
     def init(self, max_len, *, limit=None):
         del max_len, limit
