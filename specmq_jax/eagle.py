@@ -5,7 +5,7 @@ arXiv 2503.01840 (EAGLE-3).
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +36,7 @@ class EagleConfig:
       rotated: the target's states are in a rotated basis, which `rotation` undoes before `fc` (the norm's weight folded in).
       rotated_target: they are, whether `rotation` or, in EAGLE-3, `fc` undoes it.
       tied_head: logits come from the embedding table of a target with tied embeddings.
+      streams: target layers whose entering residual streams an EAGLE-3 head reads; empty for the usual three.
     """
 
     version: int
@@ -47,10 +48,13 @@ class EagleConfig:
     rotated: bool = False
     rotated_target: bool = False
     tied_head: bool = False
+    streams: tuple[int, ...] = ()
 
     def capture(self, target_layers: int) -> tuple[int, ...]:
-        """Target layers whose entering residual streams EAGLE-3 reads: 2, the middle, the third from the end."""
-        return (2, target_layers // 2, target_layers - 3) if self.version == 3 else ()
+        """Target layers whose entering residual streams EAGLE-3 reads, usually 2, the middle, the third from the end."""
+        if self.version == 2:
+            return ()
+        return self.streams or (2, target_layers // 2, target_layers - 3)
 
 
 class EagleHead(nn.Module):
@@ -133,9 +137,9 @@ class EagleHead(nn.Module):
         return residual, Normed(residual.astype(dtype))
 
 
-def eagle_version(names: Container[str]) -> int:
+def eagle_version(names: Iterable[str]) -> int:
     """2 or 3, from the names of an official head's tensors; EAGLE-1 heads are of kind 2."""
-    return 3 if "midlayer.hidden_norm.weight" in names else 2
+    return 3 if any(name.startswith("midlayer.") for name in names) else 2
 
 
 def eagle_config(head: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], target: LlamaConfig) -> EagleConfig:

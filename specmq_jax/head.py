@@ -7,16 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from specmq_jax import formats, head_file
+from specmq_jax import formats, head_checks, head_entries
 from specmq_jax.cache import KVCache
 from specmq_jax.config import LlamaConfig, read_json
 from specmq_jax.eagle import EagleConfig, EagleHead, eagle_config, eagle_version
 from specmq_jax.errors import UserError
-from specmq_jax.formats import Weight, WeightFormat
-from specmq_jax.head_file import Shapes, Tensors
+from specmq_jax.head_file import HeadFiles, check_types
+from specmq_jax.head_layout import check_layout
+from specmq_jax.head_parameters import borrowed, head_parameters
 from specmq_jax.model import Model
 
 
@@ -66,16 +65,18 @@ def load_head(directory: str | pathlib.Path, target: Model, *, precision: str | 
       precision: of the head's weights; by default dense in the target's activation dtype.
 
     Raises:
-      UserError: a missing or damaged file, or a head made for another target.
+      UserError: a missing or damaged file, a head of another layout or with parts that the official network lacks, one made
+        for another target, values that are not finite or beyond the range of their format.
     """
-    directory = pathlib.Path(directory)
-    tensors = head_file.read_tensors(directory)
-    head = _described(directory, tensors, target, precision)
-    head_file.check_draft_ids(directory, tensors, target.config.vocab_size)
-    head_file.check_basis(directory, tensors, head.config, target)
-    ids = jnp.asarray(head_file.draft_ids(tensors), jnp.int32) if "d2t" in tensors else None
-    return dataclasses.replace(head, params={
-        "head": {"params": _parameters(tensors, head.module, target)}, "ids": ids})
+    files = _opened(directory)
+    head, settings = _described(files, target, precision)
+    directory, tensors = files.directory, files.read()
+    head_checks.check_biases(directory, settings, tensors, head.config)
+    head_checks.check_draft_ids(directory, tensors, target.config.vocab_size)
+    params = head_parameters(directory, tensors, head.module, target)
+    head_checks.check_basis(directory, tensors, head.config, target)
+    ids = jnp.asarray(head_checks.draft_ids(tensors), jnp.int32) if "d2t" in tensors else None
+    return dataclasses.replace(head, params={"head": {"params": params}, "ids": ids})
 
 
 def outline_head(directory: str | pathlib.Path, target: Model, *, precision: str | None = None) -> Head:
@@ -85,104 +86,67 @@ def outline_head(directory: str | pathlib.Path, target: Model, *, precision: str
     Raises:
       UserError: as `load_head`, but for what the tensors' values tell.
     """
-    directory = pathlib.Path(directory)
-    tensors = head_file.tensor_shapes(directory)
-    head = _described(directory, tensors, target, precision)
+    files = _opened(directory)
+    (head, _), headers = _described(files, target, precision), files.headers
 
     def parameters() -> Any:
         states = jnp.zeros((1, head.config.feature_size))
         return head.module.init(jax.random.key(0), jnp.zeros(1, jnp.int32), states, head.new_cache(128),
                                 method="everything")["params"]
 
-    ids = jax.ShapeDtypeStruct(tensors["d2t"].shape, jnp.int32) if "d2t" in tensors else None
+    ids = jax.ShapeDtypeStruct(headers["d2t"].shape, jnp.int32) if "d2t" in headers else None
     return dataclasses.replace(head, params={
-        "head": {"params": jax.eval_shape(parameters) | _borrowed(tensors, head.config, target)}, "ids": ids})
+        "head": {"params": jax.eval_shape(parameters) | borrowed(headers, head.config, target)}, "ids": ids})
 
 
-def _described(directory: pathlib.Path, tensors: Tensors | Shapes, target: Model, precision: str | None) -> Head:
-    """A head without its parameters; whatever is wrong with the shapes of its tensors is a `UserError`."""
-    head_file.check_kind(directory, tensors)
-    settings = read_json(directory / "config.json")
-    config = eagle_config(settings, {name: value.shape for name, value in tensors.items()}, target.config)
+def _described(files: HeadFiles, target: Model, precision: str | None) -> tuple[Head, dict[str, Any]]:
+    """A head without its parameters, and its config.json; whatever is wrong there or with the headers is a `UserError`."""
+    directory, headers = files.directory, files.headers
+    if not isinstance(target, Model):
+        raise UserError(f"the target must be what specmq_jax.load returns; found a {type(target).__name__}")
+    settings, version = _read_kind(files)
+    head_entries.check_entries(directory, settings, headers, version)
+    head_entries.check_widths(directory, settings, target.config.hidden_size)
+    config = eagle_config(settings, {name: header.shape for name, header in headers.items()}, target.config)
+    config = dataclasses.replace(config, streams=head_entries.named_streams(directory, settings, version))
     capture = config.capture(target.config.num_layers)
     _check_target(config, capture, target.config)
-    head_file.check_vocabulary(directory, settings, tensors, target.config.vocab_size)
-    head_file.check_shapes(directory, settings, tensors, config)
+    head_entries.check_other_streams(directory, settings, capture)
+    head_checks.check_vocabulary(directory, settings, headers, target)
+    head_checks.check_tied(directory, settings, headers, config)
+    head_checks.check_tensors(directory, settings, headers, config)
     dense = next(f for name in ("fp32", "bf16", "fp16") if (f := formats.get(name)).dtype == target.module.format.dtype)
     linear = formats.get(precision) if precision else dense
-    head_format = dense if "lm_head.weight" in tensors else target.module.head_format
+    head_format = dense if "lm_head.weight" in headers else target.module.head_format
     module = EagleHead(config, linear, head_format, target.module.embed_format)
-    return Head(config=config, module=module, capture=capture, params=None)
+    return Head(config=config, module=module, capture=capture, params=None), settings
 
 
 def head_version(directory: str | pathlib.Path) -> int:
     """2 or 3, what kind of EAGLE head a directory holds (EAGLE-1 heads are of kind 2); errors as in `load_head`."""
-    directory = pathlib.Path(directory)
-    tensors = head_file.tensor_shapes(directory)
-    head_file.check_kind(directory, tensors)
-    return eagle_version(tensors)
+    return _read_kind(_opened(directory))[1]
+
+
+def _opened(directory: str | pathlib.Path) -> HeadFiles:
+    if not isinstance(directory, str | pathlib.Path):
+        raise UserError(f"a head is loaded from the path of its directory; found a {type(directory).__name__}")
+    return HeadFiles.open(pathlib.Path(directory))
+
+
+def _read_kind(files: HeadFiles) -> tuple[dict[str, Any], int]:
+    """A head's config.json, and its version."""
+    settings = read_json(files.directory / "config.json")
+    check_layout(files.directory, settings, files.headers)
+    check_types(files.directory, files.headers)
+    return settings, eagle_version(files.headers)
 
 
 def _check_target(config: EagleConfig, capture: tuple[int, ...], target: LlamaConfig) -> None:
     if not all(0 <= layer < target.num_layers for layer in capture):
+        least = max(capture) + 1 if config.streams else 4
         raise UserError(f"an EAGLE-3 head reads the target's layers {capture}; this target has {target.num_layers}, at "
-                        "least 4 are needed")
+                        f"least {least} are needed")
     width = target.hidden_size * max(1, len(capture))
     if config.feature_size != width or config.vocab_size != target.vocab_size:
         raise UserError(f"the EAGLE head reads states of width {config.feature_size} over a vocabulary of "
                         f"{config.vocab_size}; this target gives {width} over {target.vocab_size}")
-
-
-def _parameters(tensors: Tensors, module: EagleHead, target: Model) -> dict[str, Any]:
-    """Flax parameters in the module's names from the file's, whose shapes were checked."""
-    config = module.config
-    prefix = "midlayer." if config.version == 3 else "layers.0."
-
-    def weight(*names: str, form: WeightFormat = module.format) -> dict[str, Any]:
-        # joined on the host: on the device the parts would lie beside the whole
-        return {"w": _packed(jnp.asarray(np.concatenate([tensors[name] for name in names])), form)}
-
-    def scale(name: str) -> dict[str, Any]:
-        return {"scale": jnp.asarray(tensors[name], jnp.float32)}
-
-    def layer(prefix: str) -> dict[str, Any]:
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        return {"attention": {"qkv": weight(*(f"{attention}{p}_proj.weight" for p in "qkv")),
-                              "o": weight(f"{attention}o_proj.weight")},
-                "mlp_norm": scale(f"{prefix}post_attention_layernorm.weight"),
-                "mlp": {"gate_up": weight(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
-                        "down": weight(f"{mlp}down_proj.weight")}}
-
-    params = {"fc": weight("fc.weight"), **layer(prefix)}
-    if config.bias:
-        params["fc_bias"] = jnp.asarray(tensors["fc.bias"], jnp.float32)
-    if config.rotated:
-        params["rotation"] = weight("rms_norm_rotation.weight")
-    for i in range(1, config.layer.num_layers):
-        name = f"layers.{i}."
-        params[f"layers_{i - 1}"] = {**layer(name), "attention_norm": scale(f"{name}input_layernorm.weight")}
-    if config.version == 3:
-        params |= {"embed_norm": scale("midlayer.input_layernorm.weight"), "norm": scale("norm.weight"),
-                   "state_norm": scale("midlayer.hidden_norm.weight")}
-    if "embed_tokens.weight" in tensors:
-        params["embed"] = {"table": jnp.asarray(tensors["embed_tokens.weight"]).astype(module.embed_format.dtype)}
-    if "lm_head.weight" in tensors:
-        params["lm_head"] = weight("lm_head.weight", form=module.head_format)
-    return params | _borrowed(tensors, config, target)
-
-
-def _borrowed(tensors: Tensors | Shapes, config: EagleConfig, target: Model) -> dict[str, Any]:
-    """The target's parameters that stand in for those which the head's file lacks."""
-    targets, found = target.params["params"], {}
-    if "embed_tokens.weight" not in tensors:
-        found["embed"] = targets["embed"]
-    if config.tied_head:
-        found["output_table"] = targets["embed"]
-    elif "lm_head.weight" not in tensors:
-        found["lm_head"] = targets["lm_head"]
-    return found
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _packed(rows: Float[Array, "N K"], linear: WeightFormat) -> Weight:
-    return linear.pack(rows.T)

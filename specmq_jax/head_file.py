@@ -1,173 +1,138 @@
-"""The file of an official EAGLE head: what it holds, and what may be wrong with it."""
+"""The tensors of an official EAGLE head's files, by name."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
-from specmq_jax.eagle import ROTATED_TARGET, EagleConfig
+from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
-from specmq_jax.model import Model
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+_INTEGERS = {"d2t": ("I64", "I32", "I16"), "t2d": ("BOOL", "U8", "I8", "I32", "I64")}
+_TORCH_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+                "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+_PLAIN, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 Tensors = Mapping[str, np.ndarray]
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-_SAFETENSORS = "model.safetensors"
-_SAMPLED_ROWS = 128
 
 
-def tensor_shapes(directory: pathlib.Path) -> Shapes:
-    """Shapes of the tensors that `read_tensors` would read, from the file's header where it has one; whatever their dtype,
-    f32 stands for it. Errors are the same."""
-    path = directory / _SAFETENSORS
-    if path.exists():
-        with _opened(path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    else:
-        shapes = {name: value.shape for name, value in read_tensors(directory).items()}
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A tensor's shape, and safetensors' name of its dtype."""
+
+    shape: tuple[int, ...]
+    type: str
 
 
-def read_tensors(directory: pathlib.Path) -> Tensors:
-    """Every tensor of the head's one file; a missing, damaged or unsafe file is a `UserError`."""
-    path = directory / _SAFETENSORS
-    if path.exists():
-        with _opened(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    pickle = directory / "pytorch_model.bin"
-    if not pickle.exists():
-        raise UserError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{pickle} needs PyTorch: pip install 'specmq-jax[torch]', or save it as model.safetensors"
-                        ) from None
-    try:
-        loaded = torch.load(pickle, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{pickle} can't be loaded as plain tensors: {reason.splitlines()[0]}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"{pickle} can't be loaded as plain tensors: expected names with a tensor each")
-    return {name: value.float().numpy() if value.is_floating_point() else value.numpy()
-            for name, value in loaded.items()}
+Headers = Mapping[str, Header]
 
 
-def draft_ids(tensors: Tensors) -> Int64[np.ndarray, "V"]:
-    """The target's id of each token that the head scores; the file holds offsets."""
-    offsets = tensors["d2t"].astype(np.int64)
-    return np.arange(len(offsets)) + offsets
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadFiles:
+    """A head's one file, or the files that its index names.
 
-
-def check_kind(directory: pathlib.Path, tensors: Tensors | Shapes) -> None:
-    """The tensors that tell the head's sizes are there, and matrices; this and the other checks raise a `UserError`."""
-    if "fc.weight" not in tensors:
-        raise UserError(f"{directory} holds no EAGLE head: tensor fc.weight is missing")
-    for name in ("fc.weight", "embed_tokens.weight", "lm_head.weight"):
-        if name in tensors and tensors[name].ndim != 2:
-            raise UserError(f"{directory}: tensor {name} has shape {list(tensors[name].shape)}; expected a matrix")
-
-
-def check_vocabulary(directory: pathlib.Path, settings: Mapping[str, Any], tensors: Tensors | Shapes, vocab_size: int
-                     ) -> None:
-    """Every size of the vocabulary that the head tells is the target's, or its own vocabulary has an id for each token."""
-    found = [settings.get("vocab_size", vocab_size)]
-    found += [len(tensors[name]) for name in ("embed_tokens.weight", "t2d") if name in tensors]
-    for size in found:
-        if size != vocab_size:
-            raise UserError(f"{directory} holds a head for a vocabulary of {size} tokens; this target has {vocab_size}")
-    scored = len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else vocab_size
-    if "d2t" not in tensors:
-        if scored != vocab_size:
-            raise UserError(f"{directory}: the head scores {scored} of the target's {vocab_size} tokens, and tensor d2t, "
-                            "which says which, is missing")
-    elif tensors["d2t"].shape != (scored,):
-        raise UserError(f"{directory}: tensor d2t has shape {list(tensors['d2t'].shape)}; lm_head.weight, which scores "
-                        f"{scored} tokens, asks for [{scored}]")
-
-
-def check_draft_ids(directory: pathlib.Path, tensors: Tensors, vocab_size: int) -> None:
-    """The ids that the head's own vocabulary stands for, if it has one, are the target's, each once."""
-    if "d2t" not in tensors:
-        return
-    ids = draft_ids(tensors)
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise UserError(f"{directory}: tensor d2t stands for token {outside[0]}, outside the vocabulary of {vocab_size}")
-    if len(np.unique(ids)) < len(ids):
-        raise UserError(f"{directory}: tensor d2t stands for a token twice")
-
-
-def check_shapes(directory: pathlib.Path, settings: Mapping[str, Any], tensors: Tensors | Shapes, config: EagleConfig) -> None:
-    """Every tensor that will be read is there, in the shape that the head's sizes ask for."""
-    layer, hidden = config.layer, settings.get("hidden_size", config.layer.hidden_size)
-    heads, kv_heads, mlp = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim, layer.intermediate_size
-
-    def decoder_layer(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
-        return {f"{prefix}self_attn.q_proj.weight": (heads, width), f"{prefix}self_attn.k_proj.weight": (kv_heads, width),
-                f"{prefix}self_attn.v_proj.weight": (kv_heads, width), f"{prefix}self_attn.o_proj.weight": (hidden, heads),
-                f"{prefix}mlp.gate_proj.weight": (mlp, hidden), f"{prefix}mlp.up_proj.weight": (mlp, hidden),
-                f"{prefix}mlp.down_proj.weight": (hidden, mlp), f"{prefix}post_attention_layernorm.weight": (hidden,)}
-
-    if config.version == 3:
-        expected = {"fc.weight": (hidden, config.feature_size), **decoder_layer("midlayer.", config.embed_size + hidden),
-                    "midlayer.input_layernorm.weight": (config.embed_size,), "midlayer.hidden_norm.weight": (hidden,),
-                    "norm.weight": (hidden,)}
-    else:
-        expected = {"fc.weight": (hidden, config.embed_size + config.feature_size), **decoder_layer("layers.0.", hidden)}
-        if config.bias:
-            expected["fc.bias"] = (hidden,)
-    for i in range(1, layer.num_layers):
-        expected |= {**decoder_layer(f"layers.{i}.", hidden), f"layers.{i}.input_layernorm.weight": (hidden,)}
-    own = {"embed_tokens.weight": (config.vocab_size, config.embed_size), "lm_head.weight": (layer.vocab_size, hidden)}
-    if config.rotated:
-        expected["rms_norm_rotation.weight"] = (config.feature_size, config.feature_size)
-    if config.rotated_target:
-        # the target's own tables are in the rotated basis, the head's states are not
-        expected |= own
-    expected |= {name: shape for name, shape in own.items() if name in tensors}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(f"{directory}: tensor {name} is missing from the EAGLE head")
-        if tensors[name].shape != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {list(tensors[name].shape)}; the head's other sizes ask "
-                            f"for {list(shape)}")
-
-
-def check_basis(directory: pathlib.Path, tensors: Tensors, config: EagleConfig, target: Model) -> None:
-    """Finds a head for a rotated target on one that isn't, and the other way round, where their tables tell.
-
-    A rotated target has its norms' weights folded into its matrices, so that they are one, and its embedding is the original
-    one times an orthogonal matrix: rows with other directions, and the same angles between them. A head without an
-    embedding of its own tells nothing.
+    Attributes:
+      directory: where they lie.
+      headers: of all tensors.
     """
-    sign = "tensor rms_norm_rotation.weight" if config.rotated else f"{ROTATED_TARGET} in config.json"
-    plain = f"{directory} holds a head for a rotated target ({sign}), and this target is not rotated"
-    params = target.params["params"]
-    if config.rotated_target and not bool(jnp.all(params["norm"]["scale"] == 1)):
-        raise UserError(plain)
-    table = params["embed"]["table"]
-    own = tensors.get("embed_tokens.weight")
-    if own is None or own.shape != table.shape:
-        return
-    rows = np.linspace(0, len(own) - 1, min(_SAMPLED_ROWS, len(own)), dtype=np.int64)
-    ours, theirs = own[rows].astype(np.float64), np.asarray(table[rows], np.float64)
-    used = ours.any(axis=1) & theirs.any(axis=1)
-    ours, theirs = (side[used] / np.linalg.norm(side[used], axis=1, keepdims=True) for side in (ours, theirs))
-    alike = float(np.mean(np.sum(ours * theirs, axis=1))) if used.any() else 0.0
-    if config.rotated_target and alike > 0.99:
-        raise UserError(plain)
-    angles, moved = theirs @ theirs.T, np.abs(ours @ ours.T - theirs @ theirs.T)
-    between = ~np.eye(len(angles), dtype=bool)
-    turned = alike < 0.5 and between.any() and moved[between].mean() < 0.1 * np.abs(angles[between]).mean()
-    if turned and not config.rotated_target:
-        raise UserError(f"{directory} holds a head whose embedding is this target's in another basis: one of the two is "
-                        "rotated and the other is not; adapt the head with python -m checkpoints_tools.convert_eagle_rotation")
+
+    directory: pathlib.Path
+    headers: Headers
+    _files: tuple[pathlib.Path, ...]
+    _pickled: Tensors | None
+
+    @classmethod
+    def open(cls, directory: pathlib.Path) -> "HeadFiles":
+        """Reads the headers, of a pickle everything; a missing, damaged or unsafe file is a `UserError`."""
+        files, index = _find(directory)
+        headers: dict[str, Header] = {}
+        pickled: dict[str, np.ndarray] | None = None
+        places: dict[str, pathlib.Path] = {}
+        for file in files:
+            if file.suffix == ".bin":
+                found, values = _unpickled(file)
+                pickled = {**(pickled or {}), **values}
+            else:
+                found = _headers(file)
+            for name in found.keys() & headers.keys():
+                raise UserError(f"{directory} holds tensor {name} twice, in {places[name].name} and in {file.name}")
+            headers |= found
+            places |= dict.fromkeys(found, file)
+        if index:
+            _check_index(index, places)
+        return cls(directory=directory, headers=headers, _files=files, _pickled=pickled)
+
+    def read(self) -> Tensors:
+        """Every tensor's values, in the file's dtype."""
+        if self._pickled is not None:
+            return self._pickled
+        tensors: dict[str, np.ndarray] = {}
+        for path in self._files:
+            with _opened(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+        return tensors
+
+
+def check_types(directory: pathlib.Path, headers: Headers) -> None:
+    """A tensor that has no elements, or that is neither floats nor, as a map of tokens, integers is a `UserError`."""
+    for name, header in headers.items():
+        expected = _INTEGERS.get(name, FLOATS)
+        if header.type not in expected:
+            raise UserError(f"{directory}: tensor {name} has type {header.type}; expected {' or '.join(expected)}")
+        if 0 in header.shape:
+            raise UserError(f"{directory}: tensor {name} is empty, of shape {list(header.shape)}")
+
+
+def _find(directory: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], pathlib.Path | None]:
+    """The files, and the index that names them."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} {'is a file' if directory.exists() else 'does not exist'}; expected the directory of "
+                        "an EAGLE head")
+    for name in (_PLAIN, _PICKLED):
+        file, index = directory / name, directory / f"{name}.index.json"
+        if file.is_file() and index.is_file() and _indexed(index) != (file,):
+            raise UserError(f"{directory} holds {name} and an index of other files, {index.name}; remove one of the two")
+        if file.is_file():
+            return (file,), None
+        if index.is_file():
+            return _indexed(index), index
+    raise UserError(f"{directory} holds neither {_PLAIN} nor {_PICKLED}")
+
+
+def _indexed(index: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """The files that an index names."""
+    names = read_json(index).get("weight_map")
+    ending = index.name.removesuffix(".index.json").rpartition(".")[2]
+    if not isinstance(names, dict) or not names or not all(
+            isinstance(name, str) and name == pathlib.PurePath(name).name and name.endswith(f".{ending}")
+            for name in names.values()):
+        raise UserError(f"{index} must hold a weight_map from the names of tensors to *.{ending} files beside it")
+    files = tuple(index.parent / name for name in sorted(set(names.values())))
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {index.name} names it")
+    return files
+
+
+def _check_index(index: pathlib.Path, places: Mapping[str, pathlib.Path]) -> None:
+    """The index and the files name the same tensors at the same places."""
+    wanted = read_json(index)["weight_map"]
+    for name in sorted(wanted.keys() | places.keys()):
+        found = places[name].name if name in places else "none"
+        if found != wanted.get(name, "none"):
+            raise UserError(f"{index} places tensor {name} in file {wanted.get(name, 'none')}; it is in {found}")
+
+
+def _headers(path: pathlib.Path) -> Headers:
+    with _opened(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
 
 @contextlib.contextmanager
@@ -177,3 +142,34 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+
+
+def _unpickled(path: pathlib.Path) -> tuple[Headers, Tensors]:
+    """What a pickle holds, if that is plain tensors alone. Of types that are refused only the headers."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} needs PyTorch: pip install 'specmq-jax[torch]', or save it as {_PLAIN}") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{path} can't be loaded as plain tensors: {reason.splitlines()[0]}") from None
+    if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" for name, value in loaded.items()):
+        raise UserError(f"{path} can't be loaded as plain tensors: expected names with a tensor each")
+    kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in loaded.items()}
+    headers = {name: Header(tuple(value.shape), _TORCH_TYPES.get(kinds[name], kinds[name])) for name, value in loaded.items()}
+    return headers, {name: _array(value) for name, value in loaded.items() if kinds[name] in _TORCH_TYPES}
+
+
+def _array(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # which PyTorch does not hand to NumPy
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
