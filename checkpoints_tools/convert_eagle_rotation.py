@@ -15,7 +15,6 @@ from jaxtyping import Float
 
 from checkpoints_tools.convert import arguments
 from checkpoints_tools.readers import Reader, hub, open_source
-from checkpoints_tools.readers.hf import open_tensors
 from checkpoints_tools.rotation_file import load_rotation
 from checkpoints_tools.shards import save_tensors
 from checkpoints_tools.staging import staged
@@ -26,6 +25,8 @@ from specmq_jax.eagle import ROTATED_TARGET, EagleConfig
 from specmq_jax.errors import UserError
 from specmq_jax.formats import dense_values
 from specmq_jax.head import outline_head
+from specmq_jax.head_checks import check_draft_ids, check_finite
+from specmq_jax.head_file import HeadFiles
 from specmq_jax.model import Outline
 
 _USAGE = "python -m checkpoints_tools.convert_eagle_rotation --eagle=HEAD --base=MODEL --rotation=ROTATION --output=DST"
@@ -37,8 +38,8 @@ def convert_head(eagle: str | pathlib.Path, base: str | pathlib.Path, rotation: 
     """Writes the head `eagle`, adapted to `base` rotated by `rotation`, as `output`, which it returns.
 
     Raises:
-      UserError: a head that does not fit the base or is adapted already, a rotated base, what `load_rotation` raises, or an
-        output that is taken.
+      UserError: a head that does not fit the base, is damaged or adapted already, a rotated base, what `load_rotation`
+        raises, or an output that is taken.
     """
     eagle, output = hub.local(str(eagle)), pathlib.Path(output)
     check_destination(output)
@@ -49,9 +50,11 @@ def convert_head(eagle: str | pathlib.Path, base: str | pathlib.Path, rotation: 
     if config.rotated_target:
         raise UserError(f"{eagle} holds a head for a rotated target already")
     matrix = load_rotation(rotation, reader.llama.hidden_size)
-    files = open_tensors(eagle)
-    tensors = own_tables(reader) | {name: files.read(name) for name in files.headers} | undo_rotation(
-        config, files.read("fc.weight"), np.asarray(reader.read("norm/scale")), matrix)
+    found = HeadFiles.open(eagle).read()
+    check_finite(eagle, found)
+    check_draft_ids(eagle, found, config.vocab_size)
+    tensors = own_tables(reader) | dict(found) | undo_rotation(
+        config, found["fc.weight"], np.asarray(reader.read("norm/scale")), matrix)
     settings = read_json(eagle / "config.json") | ({ROTATED_TARGET: True} if config.version == 3 else {})
     with staged(output) as directory:
         save_tensors(directory / "model.safetensors", tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 from safetensors.numpy import save_file
 
 from checkpoints_tools.training.batched import Params
@@ -81,10 +81,10 @@ def export(destination: pathlib.Path, params: Params, config: EagleConfig, offic
     """Writes config.json and model.safetensors (f16) in the official layout; nothing is left where it fails.
 
     Raises:
-      UserError: the destination is taken, or can't be written.
+      UserError: parameters that f16 can't hold, or a destination that is taken or can't be written.
     """
     check_destination(destination)
-    tensors = {name: np.asarray(value, np.float16) for name, value in _official_tensors(params, config).items()}
+    tensors = {name: _halves(name, value) for name, value in _official_tensors(params, config).items()}
     if ids is not None:
         known = np.zeros(config.vocab_size, bool)
         known[ids] = True
@@ -104,6 +104,15 @@ def export(destination: pathlib.Path, params: Params, config: EagleConfig, offic
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{destination} can't be written: {error.strerror or error}") from None
+
+
+def _halves(name: str, values: Any) -> Float[np.ndarray, "..."]:
+    with np.errstate(over="ignore"):
+        made = np.asarray(values, np.float16)
+    if not np.isfinite(made).all():
+        raise UserError(f"training has diverged: tensor {name} holds values that float16 can't hold; lower --learning_rate and "
+                        "train again with another --work_dir")
+    return made
 
 
 def _official_tensors(params: Params, config: EagleConfig) -> dict[str, np.ndarray]:
