@@ -69,9 +69,9 @@ def load_head(directory: str | pathlib.Path, target: Model, *, precision: str | 
         for another target, values that are not finite or beyond the range of their format.
     """
     files = _opened(directory)
-    head, settings = _described(files, target, precision)
+    head = _described(files, target, precision)
     directory, tensors = files.directory, files.read()
-    head_checks.check_biases(directory, settings, tensors, head.config)
+    head_checks.check_biases(directory, tensors, head.config)
     head_checks.check_draft_ids(directory, tensors, target.config.vocab_size)
     params = head_parameters(directory, tensors, head.module, target)
     head_checks.check_basis(directory, tensors, head.config, target)
@@ -87,7 +87,7 @@ def outline_head(directory: str | pathlib.Path, target: Model, *, precision: str
       UserError: as `load_head`, but for what the tensors' values tell.
     """
     files = _opened(directory)
-    (head, _), headers = _described(files, target, precision), files.headers
+    head, headers = _described(files, target, precision), files.headers
 
     def parameters() -> Any:
         states = jnp.zeros((1, head.config.feature_size))
@@ -99,8 +99,8 @@ def outline_head(directory: str | pathlib.Path, target: Model, *, precision: str
         "head": {"params": jax.eval_shape(parameters) | borrowed(headers, head.config, target)}, "ids": ids})
 
 
-def _described(files: HeadFiles, target: Model, precision: str | None) -> tuple[Head, dict[str, Any]]:
-    """A head without its parameters, and its config.json; whatever is wrong there or with the headers is a `UserError`."""
+def _described(files: HeadFiles, target: Model, precision: str | None) -> Head:
+    """A head without its parameters; whatever is wrong with its config.json or the headers is a `UserError`."""
     directory, headers = files.directory, files.headers
     if not isinstance(target, Model):
         raise UserError(f"the target must be what specmq_jax.load returns; found a {type(target).__name__}")
@@ -119,7 +119,7 @@ def _described(files: HeadFiles, target: Model, precision: str | None) -> tuple[
     linear = formats.get(precision) if precision else dense
     head_format = dense if "lm_head.weight" in headers else target.module.head_format
     module = EagleHead(config, linear, head_format, target.module.embed_format)
-    return Head(config=config, module=module, capture=capture, params=None), settings
+    return Head(config=config, module=module, capture=capture, params=None)
 
 
 def head_version(directory: str | pathlib.Path) -> int:

@@ -79,7 +79,7 @@ def check_tensors(directory: pathlib.Path, settings: Mapping[str, Any], headers:
                             f"{config.layer.num_layers} {'layer' if config.layer.num_layers == 1 else 'layers'} does not use")
 
 
-def check_biases(directory: pathlib.Path, settings: Mapping[str, Any], tensors: Tensors, config: EagleConfig) -> None:
+def check_biases(directory: pathlib.Path, tensors: Tensors, config: EagleConfig) -> None:
     """Biases that the official network has no place for are zero; that of an EAGLE-2 head's `fc` counts as config.json says."""
     for name, value in tensors.items():
         if name.endswith(".bias") and not (name == "fc.bias" and config.version == 2) and value.any():

@@ -163,9 +163,8 @@ def test_a_head_reads_the_layers_that_it_names(bases, tmp_path, settings):
     assert np.abs(features(bases[3], HEADS[3]) - expected).max() > 0.1
 
 
-def test_layers_that_the_target_lacks_or_that_contradict_are_refused(refuses, tmp_path):
+def test_lists_of_layers_that_contradict_are_refused(refuses, tmp_path):
     name = "eagle_aux_hidden_state_layer_ids"
-    write_head(tmp_path, 3, **{name: [2, 3, 7]})
     both = dict(eagle_config={name: [2, 3, 4]})
     for settings, parts in (
             ({name: [2, 3, 4], **both}, ("two lists of layers", "layers [2, 3, 4] and [3, 4, 5]")),
@@ -177,7 +176,7 @@ def test_layers_that_the_target_lacks_or_that_contradict_are_refused(refuses, tm
 def test_more_layers_or_fewer_than_the_target_has_are_refused(bases, tmp_path):
     name = "eagle_aux_hidden_state_layer_ids"
     for ids, part in (([2, 3, 7], "layers (2, 3, 7); this target has 7, at least 8 are needed"),
-                      ([-1, 2, 3], "layers (-1, 2, 3)"), ([2, 3], "reads states of width 768", )):
+                      ([-1, 2, 3], "layers (-1, 2, 3)"), ([2, 3], "reads states of width 768")):
         assert part in refusal(sm.load_head, write_head(tmp_path, 3, **{name: ids}), bases[3])
 
 
@@ -325,8 +324,8 @@ def test_shards_and_their_index_hold_the_same_tensors(refuses, tmp_path):
     refuses(directory, 2, f"holds tensor fc.bias twice, in {first} and in {second}")
     (directory / second).unlink()
     refuses(directory, 2, f"{second} is missing; {index.name} names it")
-    write_head(tmp_path, 2)
-    refuses(directory, 2, "")
+    directory, _ = shards(tmp_path / "both", 2, 4)
+    refuses(write_head(directory, 2), 2, "holds model.safetensors and an index of other files, model.safetensors.index.json")
 
 
 def test_a_directory_without_a_head_is_told(refuses, bases, tmp_path):
