@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.cache import KVCache
 from specmq_jax.compilation import compiler_options, enable_persistent_cache
-from specmq_jax.config import DecodeConfig, LlamaConfig
+from specmq_jax.config import DecodeConfig
 from specmq_jax.drafters import Drafter, NoDrafter
 from specmq_jax.errors import NotFiniteError, UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.llama import Llama
 from specmq_jax.memory import check_room, tree_bytes
-from specmq_jax.model import Model, check_tokens
+from specmq_jax.model import Model, check_positions, check_tokens
 from specmq_jax.phases import PhaseTimes, measure_phases
 from specmq_jax.sampling import seed_key
 from specmq_jax.tree import Accepted, DraftTree
@@ -116,8 +116,8 @@ class Decoder:
         self.target = target
         self.drafter = drafter if drafter is not None else NoDrafter()
         self.config = config if config is not None else DecodeConfig()
-        _check_positions(self.config.max_len, target.config)
-        self.drafter.check(target.config)
+        check_positions(self.config.max_len, target.config)
+        self.drafter.check(target.config, max_len=self.config.max_len)
         if self.config.reproducible and self.drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
             raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
                             f"drafter's trees have {self.drafter.tree_size}; choose a smaller tree or a shorter draft")
@@ -369,15 +369,6 @@ class Decoder:
         accepted, cache = self.verify(params[0], state, tree)
         drafter = self.drafter.advance(params[1], drafter, accepted)
         return _commit(state, accepted).replace(cache=cache, drafter=drafter)
-
-
-def _check_positions(max_len: int, model: LlamaConfig) -> None:
-    """Refuses a cache for positions that the model does not know."""
-    known = model.max_position
-    if model.rope.type == "dynamic":  # whose limit is that before it stretches
-        known = round(known * model.rope.factor)
-    if max_len > known:
-        raise UserError(f"max_len is {max_len} tokens, and this model knows {known} positions; choose a shorter max_len")
 
 
 def _check_count(name: str, value: Any) -> None:

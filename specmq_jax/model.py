@@ -233,6 +233,14 @@ def check_tokens(token_ids: Sequence[int] | np.ndarray, config: LlamaConfig) -> 
     return tokens.astype(np.int32)
 
 
+def check_positions(max_len: int, config: LlamaConfig) -> None:
+    """A cache for more tokens than the model has positions is a `UserError`; a dynamic rotary embedding stretches to any
+    length."""
+    if max_len > config.max_position and config.rope.type != "dynamic":
+        raise UserError(f"max_len is {max_len} tokens, and this model knows {config.max_position} positions "
+                        "(max_position_embeddings); choose a shorter max_len")
+
+
 def check_vocabulary(draft: LlamaConfig, target: LlamaConfig) -> None:
     """A draft model of another vocabulary than the target's is a `UserError`."""
     if draft.vocab_size != target.vocab_size:

@@ -11,7 +11,7 @@ from specmq_jax.decode import cache_bytes, cache_rows, prefill_chunks
 from specmq_jax.drafters import ChainDrafter, Drafter, EagleDrafter, HierarchicalDrafter, NoDrafter
 from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.memory import Plan, tree_bytes
-from specmq_jax.model import Model, Outline
+from specmq_jax.model import Model, Outline, check_positions
 from specmq_jax.sampling import Greedy
 
 _KERNEL_ROWS = 64
@@ -29,10 +29,11 @@ def plan(target: Model, drafters: Sequence[Drafter], config: DecodeConfig) -> Pl
       config: of every decoder.
 
     Raises:
-      UserError: a drafter that can't draft for this target.
+      UserError: a drafter that can't draft for this target, or a cache longer than a model's positions.
     """
+    check_positions(config.max_len, target.config)
     for drafter in drafters:
-        drafter.check(target.config)
+        drafter.check(target.config, max_len=config.max_len)
     small = [drafter.model for drafter in drafters if isinstance(drafter, ChainDrafter | HierarchicalDrafter)]
     models = [model.params for model in (target, *small)]
     targets, both = tree_bytes(target.params), tree_bytes(models)

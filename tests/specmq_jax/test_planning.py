@@ -24,7 +24,7 @@ from specmq_jax.parameters import Formats
 
 FP16 = DATA / "checkpoints" / "fp16"
 EAGLE = DATA / "eagle"
-LLAMA3 = dict(vocab_size=128256, num_kv_heads=8, head_dim=128)
+LLAMA3 = dict(vocab_size=128256, num_kv_heads=8, head_dim=128, max_position=131072)
 LLAMA3_8B = sm.LlamaConfig(**LLAMA3, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32)
 LLAMA3_70B = sm.LlamaConfig(**LLAMA3, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64)
 W4A16 = Formats.named({"linear": "w4a16", "head": "fp16", "embed": "fp16"})
@@ -248,7 +248,7 @@ import jax, numpy as np
 import specmq_jax as sm
 from specmq_jax import planning
 sizes = sm.LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32,
-                       num_kv_heads=8, head_dim=64)
+                       num_kv_heads=8, head_dim=64, max_position=131072)
 target, draft = (sm.random_model(sizes, "w4a16", seed=seed) for seed in (0, 1))
 drafter, config = sm.ChainDrafter(draft), sm.DecodeConfig(max_len=8192)
 plan = planning.plan(target, [drafter], config)
