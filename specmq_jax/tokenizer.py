@@ -5,13 +5,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenizers.decoders import DecodeStream
-
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.text_stream import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = ["TextStream", "decode", "encode_chat", "load_tokenizer", "stop_tokens"]
 
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>")
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -74,17 +75,4 @@ def stop_tokens(tokenizer: "Tokenizer", directory: str | pathlib.Path) -> tuple[
 
 def decode(tokenizer: "Tokenizer", token_ids: Sequence[int]) -> str:
     """The text of an answer, without special tokens."""
-    return tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True)
-
-
-class TextStream:
-    """Decodes an answer as its tokens come; text is held back until it is whole characters."""
-
-    def __init__(self, tokenizer: "Tokenizer"):
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def add(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete."""
-        parts = (self._stream.step(self._tokenizer, int(token)) for token in token_ids)
-        return "".join(part for part in parts if part)
+    return tokenizer.backend_tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True)
