@@ -12,6 +12,7 @@ from experiments import flags, methods, runner
 from experiments.answer_text import AnswerText
 from experiments.flags import Settings
 from specmq_jax.errors import UserError
+from specmq_jax.model import check_tokens
 
 USED = ("model", "method", "drafter", "precision", "draft_precision", "draft_length", "eagle", "tree_depth", "tree_top_k",
         "tree_size", "vocabulary", "vocabulary_size", "min_draft_length", "draft_model_start", "max_length", "temperature",
@@ -108,8 +109,14 @@ class Assistant:
         return decoder
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a dialogue, up to where the assistant answers."""
-        return self.bench.encode(messages)
+        """Token ids of a dialogue, up to where the assistant answers.
+
+        Raises:
+          UserError: the template refuses it, it holds what is no text, or a token that the model doesn't know.
+        """
+        tokens = self.bench.encode(messages)
+        check_tokens(tokens, self.bench.target.config)
+        return tokens
 
     def compile(self, decoder: sm.Decoder, stream: Stream) -> None:
         """Compiles what answers will need: the passes over prompts of every length, and the round."""
