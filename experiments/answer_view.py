@@ -50,7 +50,6 @@ class AnswerView:
         """More of the answer; `drafted` says that the drafter found it and the model only agreed."""
         if not self._live:
             self._console.print(Text(text), end="", soft_wrap=True)
-            self._console.file.flush()
             return
         self._line.append(text, style=DRAFT_STYLE if drafted else OWN_STYLE)
         # full rows leave the live part, which has to fit on the screen

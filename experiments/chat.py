@@ -6,8 +6,10 @@ go to stdout and all else to stderr.
 """
 
 import contextlib
+import io
 import json
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -27,6 +29,7 @@ from specmq_jax import errors, metrics
 from specmq_jax.errors import UserError
 
 _PROMPT = "> "
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HELP = """/save FILE    write the dialogue to a JSON file
 /reset        begin a new dialogue
 /method       list the methods; /method NAME answers with another one from here on
@@ -99,9 +102,12 @@ class Chat:
         """A message or a command.
 
         Raises:
-          UserError: an unknown command, or one that can't be followed; a dialogue that no longer fits. Nothing has changed
-            then.
+          UserError: an unknown command, or one that can't be followed; what is no text; a dialogue that no longer fits.
+            Nothing has changed then.
         """
+        if _SURROGATE.search(line):
+            raise UserError("the line is not text in the terminal's encoding; type it again, or set PYTHONIOENCODING to the "
+                            "encoding that the terminal has")
         command, _, argument = line.partition(" ")
         if not line.startswith("/"):
             if line:
@@ -129,6 +135,8 @@ class Chat:
                     view.add(said[-1], drafted=place < len(tokens))
                 if stopped.is_set():
                     break
+            said.append(text.rest())
+            view.add(said[-1], drafted=False)
         self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
         if stopped.is_set():
             self._say("(stopped)")
@@ -154,18 +162,25 @@ class Chat:
     def _save(self, name: str) -> None:
         if not name:
             raise UserError("/save needs the name of a file: /save FILE")
-        path = pathlib.Path(name).expanduser()
-        if path.exists() and path.resolve() not in self._saved:
-            raise UserError(f"{path} exists; choose another name")
-        partial = path.with_name(f".{path.name}.part")
+        try:
+            path = pathlib.Path(name).expanduser()
+            if path.exists() and path.resolve() not in self._saved:
+                raise UserError(f"{path} exists; choose another name")
+            self._write(path)
+        except (OSError, ValueError, RuntimeError) as error:  # the latter two of a name that no file can have
+            raise UserError(f"{name} can't be written: {getattr(error, 'strerror', None) or error}; choose another name"
+                            ) from None
+        self._saved.add(path.resolve())
+        self._say(f"(saved {len(self.messages)} messages to {path})")
+
+    def _write(self, path: pathlib.Path) -> None:
         content = {"model": self._model.name, "method": self.method, "messages": self.messages}
+        partial = path.with_name(f".{path.name}.part")
         try:
             partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror}; choose another name") from None
-        self._saved.add(path.resolve())
-        self._say(f"(saved {len(self.messages)} messages to {path})")
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _help(self, argument: str) -> None:
         del argument
@@ -210,9 +225,17 @@ def _reader() -> Callable[[], str]:
     return lambda: input(_PROMPT)
 
 
+def _take_any_text() -> None:
+    """Lets a terminal of any encoding show every answer; what is no text there becomes surrogates, which `Chat` refuses."""
+    for stream, handler in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=handler)
+
+
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, loads and chats."""
     flags.no_arguments(argv)
+    _take_any_text()
     settings = assistant.settings("chat")
     console = Console()
     aside = console if console.is_terminal else Console(stderr=True)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -198,3 +199,49 @@ def test_the_command_answers_what_is_piped_to_it(tmp_path):
     answer = talk["messages"][1]["content"]
     assert answer and result.stdout == f"{answer}\n" * 2  # speculation changes nothing
     assert "memory: " in result.stderr and "accept length" in result.stderr
+
+
+def test_what_is_no_text_is_one_line_and_the_chat_goes_on(tmp_path):
+    model = FakeModel()
+    held, answers, aside = chat(model, ["hi \udcff", "/\ud83d", f"/save {tmp_path}/\ud83d", "a"])
+    assert aside.count("error: the line is not text in the terminal's encoding") == 3
+    assert model.prompts == ["u: a\n"] and answers == "Gern, 5 €.\n" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~no-such-user/talk", "x" * 300, "talk/" * 2])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, aside = chat(FakeModel(), [f"/save {name}", "/quit"])
+    assert re.search("error: .* can't be written: .*; choose another name\n$", aside), aside
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_ends_inside_a_character_is_told_as_decoding_it_tells():
+    begun = "word " * 22 + "ok "
+    held, answers, _ = chat(FakeModel(begun + "😀"), ["a"])  # the cache ends behind the second of four bytes
+    assert answers == f"{begun}\ufffd\n" and held.messages[1]["content"] == f"{begun}\ufffd"
+
+
+def run_chat(given, **environment):
+    source = ROOT / "tests" / "data" / "checkpoints" / "fp16"
+    return subprocess.Popen([sys.executable, "-m", "experiments.chat", f"--model={source}", "--method=baseline",
+                             "--max_length=80"], cwd=ROOT, env=os.environ | environment, stdin=given,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_bytes_that_are_no_text_and_a_terminal_of_another_encoding_end_no_chat():
+    process = run_chat(subprocess.PIPE, PYTHONIOENCODING="ascii")
+    out, err = process.communicate(b"hi \xff\none two\n/quit\n", timeout=300)
+    assert process.returncode == 0 and b"Traceback" not in err, err.decode()
+    assert err.count(b"error: the line is not text") == 1 and out.strip()
+    out.decode("ascii")
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_chat_without_a_traceback():
+    process = run_chat(subprocess.PIPE)
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(b"one two\n" * 50, timeout=300)
+    assert process.returncode and b"Traceback" not in err and b"BrokenPipe" not in err, err.decode()
