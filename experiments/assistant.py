@@ -112,9 +112,11 @@ class Assistant:
         """Token ids of a dialogue, up to where the assistant answers.
 
         Raises:
-          UserError: the template refuses it, it holds what is no text, or a token that the model doesn't know.
+          UserError: the template refuses it, it holds what is no text, a token that the model doesn't know, or none at all.
         """
         tokens = self.bench.encode(messages)
+        if not tokens:
+            raise UserError("the messages have no token; say something")
         check_tokens(tokens, self.bench.target.config)
         return tokens
 

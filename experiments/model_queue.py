@@ -22,6 +22,13 @@ class QueueFullError(Exception):
         self.retry_after = retry_after
 
 
+class QueueStoppedError(Exception):
+    """The queue answers no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping")
+
+
 class Ticket:
     """A place in the queue, and then the answer, in the event loop that asked.
 
@@ -40,6 +47,11 @@ class Ticket:
     def cancel(self) -> None:
         """Ends the answer behind the round that is on its way, or gives the place in the queue up."""
         self._cancelled.set()
+
+    def stop(self) -> None:
+        """Cancels, and raises a `QueueStoppedError` where the answer is awaited."""
+        self.cancel()
+        self._send(QueueStoppedError())
 
     async def __aiter__(self) -> AsyncIterator[list[int]]:
         while (tokens := await self._rounds.get()) is not None:
@@ -84,8 +96,11 @@ class ModelQueue:
 
         Raises:
           QueueFullError: as many wait as may.
+          QueueStoppedError: the queue has been stopped.
         """
         with self._changed:
+            if self._closed:
+                raise QueueStoppedError
             self._tickets = collections.deque(ticket for ticket in self._tickets if not ticket.cancelled)
             ahead = len(self._tickets) + (self._current is not None)
             if ahead > self._waiting:
@@ -100,14 +115,22 @@ class ModelQueue:
         with self._changed:
             return int(self._current is not None), sum(not ticket.cancelled for ticket in self._tickets)
 
-    def close(self, timeout: float | None = None) -> None:
-        """Ends what is on its way behind its round, drops those who wait, and waits for the thread, `timeout` seconds at
-        most."""
+    @property
+    def stopped(self) -> bool:
+        return self._closed
+
+    def stop(self) -> None:
+        """Ends what is on its way behind its round and drops those who wait; each asker gets a `QueueStoppedError`."""
         with self._changed:
+            stopped = [] if self._closed else [*self._tickets, *filter(None, [self._current])]
             self._closed = True
-            for ticket in (*self._tickets, *filter(None, [self._current])):
-                ticket.cancel()
             self._changed.notify()
+        for ticket in stopped:
+            ticket.stop()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stops, and waits for the thread, `timeout` seconds at most."""
+        self.stop()
         self._thread.join(timeout)
 
     def _work(self) -> None:

@@ -25,7 +25,7 @@ _NEEDED = ("pydantic", "starlette", "uvicorn")
 
 
 class ServedModel:
-    """The model as `http_server.Answerer` describes it."""
+    """The model as `served_answer.Answerer` describes it."""
 
     def __init__(self, loaded: Assistant, *, temperature: float, top_p: float) -> None:
         """The assistant's sampling must be a `RequestSampling`."""

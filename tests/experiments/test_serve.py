@@ -1,78 +1,26 @@
 """The server as its clients meet it: OpenAI's library, raw HTTP, the queue and the words of a request."""
 
-import contextlib
 import http.client
 import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from byte_tokens import END, answer_text, ids
+from byte_tokens import answer_text, ids
+from served import USER, FakeModel, begun, eventually, hang_up, health, running
 
 import specmq_jax as sm
 from experiments import chat_protocol, http_server, serve
 from experiments.chat_protocol import RequestError
-from experiments.model_queue import ModelQueue
 from experiments.request_sampling import RequestKey, RequestSampling
 
 ROOT = pathlib.Path(__file__).parents[2]
-USER = [{"role": "user", "content": "Say something."}]
-
-
-class FakeModel:
-    """Says `reply`, three bytes a round; while `held`, each round waits for `allow`."""
-
-    name, fingerprint, max_length, temperature, top_p = "fake", "fake-1", 64, 0.25, 1.0
-
-    def __init__(self, reply):
-        self.reply, self.keys, self.rounds, self.ended, self.failing = ids(reply) + [END], [], 0, 0, False
-        self.held, self.allow = False, threading.Semaphore(0)
-
-    def encode(self, messages):
-        return ids("".join(message["content"] for message in messages))
-
-    def answer_text(self, stop_strings):
-        return answer_text(stop_strings)
-
-    def stream(self, prompt, max_new_tokens, key):
-        self.keys.append(key)
-        tokens = self.reply[:max_new_tokens or 64 - len(prompt)]
-        try:
-            for start in (0, *range(1, len(tokens), 3)):
-                if self.held:
-                    self.allow.acquire()
-                if self.failing:
-                    raise RuntimeError("a device fell off")
-                self.rounds += 1
-                yield tokens[start:start + (3 if start else 1)]
-        finally:
-            self.ended += 1
-
-
-@contextlib.contextmanager
-def running(model, waiting=1):
-    """The port of a server for the model, and what it logged."""
-    log, queue = [], ModelQueue(waiting)
-    server = http_server.uvicorn_server(model, queue, log.append)
-    with serve.listen("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield listening.getsockname()[1], log
-        finally:
-            model.held = False
-            model.allow.release(1000)
-            server.should_exit = True
-            thread.join()
-            queue.close()
 
 
 def client(port):
@@ -89,25 +37,6 @@ def post(port, body, kind="application/json"):
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": kind})
     response = connection.getresponse()
     return response.status, response.headers, json.loads(response.read())
-
-
-def eventually(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def hang_up(connection):
-    connection.sock.close()
-
-
-def begun(port, **fields):
-    """A connection over which an answer has been asked for."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("POST", "/v1/chat/completions", json.dumps({"model": "fake", "messages": USER} | fields),
-                       {"Content-Type": "application/json"})
-    return connection
 
 
 def test_openais_library_completes_and_streams_the_same_text():
@@ -190,14 +119,6 @@ def test_a_full_queue_refuses_and_says_when_to_come_back():
         model.allow.release(1)
         for connection in (first, third):
             assert json.loads(connection.getresponse().read())["choices"][0]["message"]["content"] == "hello"
-
-
-def health(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("GET", "/health")
-    found = json.loads(connection.getresponse().read())
-    assert found["status"] == "ok"
-    return found["answering"], found["waiting"]
 
 
 def test_a_failure_of_the_model_is_told_and_the_next_request_served(capfd):
