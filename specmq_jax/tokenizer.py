@@ -117,8 +117,9 @@ def _encode(tokenizer: "Tokenizer", text: str, *, add_special_tokens: bool) -> l
         raise UserError(f"the text holds {text[error.start]!r}, half of a surrogate pair, which is no character; leave it "
                         "out or give the whole character") from None
     with _refused("the tokenizer can't encode the text"):
-        # not the tokenizer's own `encode`, which sets what threads share
-        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # not the tokenizer's own `encode`, which sets what threads share; a batch lets other threads run, one text doesn't
+        (found,) = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return found.ids
 
 
 def _vocabulary_size(directory: pathlib.Path, vocabulary: Mapping[str, int]) -> int:

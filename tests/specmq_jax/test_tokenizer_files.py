@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import threading
+import time
 
 import pytest
 from fakes import DATA
@@ -238,3 +240,18 @@ def test_every_file_is_left_as_it_was(directory):
     before = {path.name: path.read_bytes() for path in pathlib.Path(directory).iterdir()}
     load_tokenizer(directory)
     assert {path.name: path.read_bytes() for path in pathlib.Path(directory).iterdir()} == before
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(directory):
+    tokenizer = load_tokenizer(directory)
+    text = " ".join(f"word{number}" for number in range(60_000))
+    expected = tokenizer.encode(text)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(encode_chat(tokenizer, [{"role": "user", "content": text}])))
+    start = last = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert found == expected and longest < 0.7 * (last - start)
