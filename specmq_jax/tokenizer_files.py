@@ -50,7 +50,7 @@ def _named(path: pathlib.Path) -> dict[str, str]:
         if name not in _NAMED or value is None:
             continue
         text = value.get("content") if isinstance(value, Mapping) else value
-        if not isinstance(text, str):
+        if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:  # half of a surrogate pair is no text
             raise UserError(f"{path}: {name} must be a token's text or an object with its content; found {value!r:.80}")
         found[name] = text
     return found
