@@ -17,7 +17,7 @@ from experiments.answer_text import AnswerText
 from experiments.chat_protocol import ChatRequest, Json, RequestError
 from experiments.model_queue import ModelQueue, QueueStoppedError
 from experiments.request_sampling import RequestKey
-from specmq_jax.errors import UserError
+from specmq_jax.errors import NotFiniteError, UserError
 
 _Result = TypeVar("_Result")
 _TOLD = (UserError, QueueStoppedError)
@@ -181,6 +181,8 @@ async def unless(work: Coroutine[Any, Any, _Result], event: Coroutine[Any, Any, 
 
 def failure(error: Exception) -> RequestError:
     """What a client is told of an error behind the reading of its request."""
+    if isinstance(error, NotFiniteError):  # the model's fault, and the client has a use for the token
+        return RequestError(str(error), status=500, code="not_finite")
     if isinstance(error, _TOLD):
         return RequestError(str(error), status=503 if isinstance(error, QueueStoppedError) else 400)
     return RequestError("the model failed; the server's log says why", status=500, code="internal_error")

@@ -15,12 +15,12 @@ USER = [{"role": "user", "content": "Say something."}]
 
 
 class FakeModel:
-    """Says `reply`, three bytes a round; while `held`, each round waits for `allow`."""
+    """Says `reply`, three bytes a round; while `held`, each round waits for `allow`; one with `failing` raises that."""
 
     name, fingerprint, max_length, temperature, top_p = "fake", "fake-1", 64, 0.25, 1.0
 
     def __init__(self, reply):
-        self.reply, self.keys, self.rounds, self.ended, self.failing = ids(reply) + [END], [], 0, 0, False
+        self.reply, self.keys, self.rounds, self.ended, self.failing = ids(reply) + [END], [], 0, 0, None
         self.held, self.allow = False, threading.Semaphore(0)
 
     def encode(self, messages):
@@ -37,7 +37,7 @@ class FakeModel:
                 if self.held:
                     self.allow.acquire()
                 if self.failing:
-                    raise RuntimeError("a device fell off")
+                    raise self.failing
                 self.rounds += 1
                 yield tokens[start:start + (3 if start else 1)]
         finally:

@@ -19,6 +19,7 @@ import specmq_jax as sm
 from experiments import chat_protocol, http_server, serve
 from experiments.chat_protocol import RequestError
 from experiments.request_sampling import RequestKey, RequestSampling
+from specmq_jax.errors import NotFiniteError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -124,14 +125,23 @@ def test_a_full_queue_refuses_and_says_when_to_come_back():
 def test_a_failure_of_the_model_is_told_and_the_next_request_served(capfd):
     model = FakeModel("fine")
     with running(model) as (port, _):
-        model.failing = True
+        model.failing = RuntimeError("a device fell off")
         with pytest.raises(openai.InternalServerError, match="the model failed"):
             ask(port)
         with pytest.raises(openai.APIError, match="the model failed"):
             list(ask(port, stream=True))
-        model.failing = False
+        model.failing = None
         assert ask(port).choices[0].message.content == "fine"
     assert "a device fell off" in capfd.readouterr().err
+
+
+def test_a_state_that_is_not_finite_is_the_models_fault_and_is_told():
+    model = FakeModel("fine")
+    model.failing = NotFiniteError("the model's state at token 3 of the answer (id 7) is not finite", position=9)
+    with running(model) as (port, _):
+        with pytest.raises(openai.InternalServerError, match=r"token 3 of the answer \(id 7\) is not finite") as told:
+            ask(port)
+        assert told.value.code == "not_finite"
 
 
 BAD = [
