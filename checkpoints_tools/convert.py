@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Array, Float
@@ -27,9 +26,6 @@ from specmq_jax.checkpoint import CheckpointWriter, cached_checkpoints, check_de
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, Logical, Quantised, Weight, WeightFormat
 from specmq_jax.parameters import Formats, parameter_shapes
-
-_CHECKED_BYTES = 64 << 20
-"""Of values that are looked through at a time."""
 
 
 def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None,
@@ -156,36 +152,27 @@ def progress_bar() -> Progress:
 
 def pack(path: str, logical: Logical, target: Formats) -> Weight:
     """The weight for a path of `parameter_shapes` in its format there; values it can't hold are a `UserError`."""
-    if path == "embed/table":
-        weight = contiguous(np.asarray(logical), target.embed.dtype)
-    elif path.endswith("/scale"):
-        weight = contiguous(np.asarray(logical), np.float32)
-    elif isinstance(logical, Quantised):
-        weight = target.of(path).pack(logical)
-    elif isinstance(target.of(path), DenseFormat):
-        weight = Dense(contiguous(np.asarray(logical), target.of(path).dtype))
-    else:
-        weight = _pack_values(logical, target.of(path))
-    weight = jax.device_get(weight)
-    for leaf in jax.tree.leaves(weight):
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
-            _explain_infinity(path, logical, leaf.dtype)
-    return weight
+    name, is_table = f"tensor {path}", path == "embed/table"
+    if is_table or path.endswith("/scale"):
+        return _host_values(logical, target.embed if is_table else DenseFormat(kind="fp32"), name)
+    weight_format = target.of(path)
+    if isinstance(logical, Quantised):
+        return jax.device_get(weight_format.pack(logical, name=name))
+    if isinstance(weight_format, DenseFormat):
+        return Dense(_host_values(logical, weight_format, name))
+    weight_format.range.check(formats.peak(logical), name)
+    return jax.device_get(_pack_values(logical, weight_format))
 
 
-def _is_finite(values: Float[np.ndarray, "..."]) -> bool:
-    return all(np.isfinite(part).all() for part in np.array_split(values, -(-values.nbytes // _CHECKED_BYTES)))
+def _host_values(logical: Float[np.ndarray, "..."], dense: DenseFormat, name: str) -> Float[np.ndarray, "..."]:
+    values = np.asarray(logical)
+    dense.range.check(formats.peak(values), name)
+    return contiguous(values, dense.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="target")
 def _pack_values(values: Float[Array, "K N"], target: WeightFormat) -> Weight:
     return target.pack(values)
-
-
-def _explain_infinity(path: str, logical: Logical, dtype: np.dtype) -> None:
-    if jnp.isfinite(formats.dense_values(logical)).all():
-        raise UserError(f"tensor {path} holds values beyond the range of {dtype}; choose --precision=bf16 or fp32")
-    raise UserError(f"tensor {path} holds values that are not finite: the checkpoint is damaged")
 
 
 def arguments(argv: Sequence[str], usage: str, count: int) -> list[str]:

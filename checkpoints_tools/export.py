@@ -22,7 +22,7 @@ from checkpoints_tools.staging import staged
 from specmq_jax import errors, formats
 from specmq_jax.checkpoint import check_destination, write_json
 from specmq_jax.errors import UserError
-from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical
+from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical, peak
 from specmq_jax.parameters import Formats, parameter_shapes
 
 SHARD_BYTES = 1 << 30
@@ -104,6 +104,7 @@ def _plain_tensors(path: str, logical: Logical, modules: Mapping[str, Shape], de
     """The tensors of the modules that make up a path, as [out, in]."""
     packed = pack(path, logical, Formats(linear=dense, head=dense, embed=dense))
     values = np.asarray(packed.values if isinstance(packed, Dense) else packed)
+    dense.range.check(peak(values), f"tensor {path}")  # norms are packed in f32
     begin = 0
     for module, shape in modules.items():
         if is_unturned(module, shape):
@@ -119,6 +120,8 @@ def _gptq_tensors(path: str, logical: Logical, modules: Mapping[str, Shape], den
     if not isinstance(logical, GroupedInt4):
         yield from _plain_tensors(path, logical, modules, dense)
         return
+    logical.check(f"tensor {path}")
+    Int4GroupFormat(group_size=logical.group_size).range.check(logical.peak(), f"tensor {path}")
     q, scales, rows = np.asarray(logical.q), np.asarray(logical.scales), len(logical.q)
     groups = np.arange(rows, dtype=np.int32) // (rows if logical.group_size == -1 else logical.group_size)
     if logical.order is not None:

@@ -24,6 +24,8 @@ from specmq_jax.memory import check_room, tree_bytes
 from specmq_jax.parameters import Formats, parameter_shapes
 
 Params = Any
+Peaks = dict[str, tuple[Float[Array, ""], WeightFormat]]
+"""The largest magnitude of a weight that was packed, still on the device, and its format."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,14 +58,20 @@ class Model:
         return KVCache.create(self.config, max_len, self.module.format.dtype, limit=limit)
 
     def with_precision(self, precision: str) -> "Model":
-        """The same weights at another precision, quantised by round-to-nearest; embedding and lm_head are shared."""
+        """The same weights at another precision, quantised by round-to-nearest; embedding and lm_head are shared.
+
+        Raises:
+          UserError: an unknown precision, or values outside its range.
+        """
         if precision == self.precision:
             return self
         linear, current, shapes = formats.get(precision), self._formats, parameter_shapes(self.config)
         expanded = self.module.format.name != self.precision  # and stays so
         held = dataclasses.replace(current, linear=formats.expanded(linear) if expanded else linear)
-        weights = traverse_util.flatten_dict(self.params["params"], sep="/")
-        made = {path: self._repacked(path, weight, shapes[path], current, linear, held) for path, weight in weights.items()}
+        weights, peaks = traverse_util.flatten_dict(self.params["params"], sep="/"), {}
+        made = {path: self._repacked(path, weight, shapes[path], current, linear, held, peaks)
+                for path, weight in weights.items()}
+        _check_peaks(peaks)
         return dataclasses.replace(self, module=_module(self.config, held), params=_variables(made), precision=linear.name)
 
     @property
@@ -71,11 +79,17 @@ class Model:
         return Formats(linear=self.module.format, head=self.module.head_format, embed=self.module.embed_format)
 
     @staticmethod
-    def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats
-                  ) -> Weight:
-        """The weight at a path of `parameter_shapes`, packed as `_repackings` says."""
+    def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats,
+                  peaks: Peaks) -> Weight:
+        """The weight at a path of `parameter_shapes`, packed as `_repackings` says; notes in `peaks` what went into it."""
         for before, after in _repackings(path, current, linear, held):
-            weight = weight.astype(after.dtype) if path == "embed/table" else _repack(weight, before, after, shape)
+            if path == "embed/table":
+                weight = weight.astype(after.dtype)
+            elif after == formats.expanded(before):
+                weight = _expand(weight, before, shape)
+            else:
+                weight, largest = _repack(weight, before, after, shape)
+                peaks[path] = largest, after
         return weight
 
 
@@ -101,9 +115,9 @@ class Outline(Model):
         return made if made is self else dataclasses.replace(made, making_bytes=_packing_bytes(packed))
 
     @staticmethod
-    def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats
-                  ) -> Weight:
-        del current, linear
+    def _repacked(path: str, weight: Weight, shape: tuple[int, ...], current: Formats, linear: WeightFormat, held: Formats,
+                  peaks: Peaks) -> Weight:
+        del current, linear, peaks
         return held.abstract(path, shape) if _is_linear(path) else weight
 
 
@@ -143,16 +157,18 @@ def load(source: str | pathlib.Path, precision: str | None = None, *, expand: bo
         is emulated.
 
     Raises:
-      UserError: nothing readable there, a damaged checkpoint, an unknown precision, or too little device memory, which
-        is found before anything is loaded.
+      UserError: nothing readable there, a damaged checkpoint, an unknown precision, values outside its range, or too little
+        device memory, which is found before anything is loaded.
     """
     made = outline(source, precision, expand=expand)
     check_room(tree_bytes(made.params) + made.making_bytes, f"loading {made.directory}")
-    linear, weights = formats.get(made.precision), {}
+    linear, weights, peaks = formats.get(made.precision), {}, {}
     reader = checkpoint.CheckpointReader(made.directory)
     for path, weight in reader.weights():
-        weights[path] = Model._repacked(path, weight, reader.shapes[path], reader.formats, linear, made._formats)
+        weights[path] = Model._repacked(path, weight, reader.shapes[path], reader.formats, linear, made._formats,
+                                        peaks)
         del weight  # else it would stay until the next one has come
+    _check_peaks(peaks)
     return Model(config=made.config, module=made.module, params=_variables(weights), precision=made.precision,
                  directory=made.directory)
 
@@ -297,8 +313,21 @@ def _packing_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
     return 4 * max(map(math.prod, shapes))
 
 
+def _check_peaks(peaks: Peaks) -> None:
+    """Refuses values outside their format's range; asked once behind the last weight, so that no weight waits for it."""
+    found = jax.device_get({path: largest for path, (largest, _) in peaks.items()})
+    for path, (_, weight_format) in peaks.items():
+        weight_format.range.check(float(found[path]), f"tensor {path}")
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _repack(weight: Weight, before: WeightFormat, after: WeightFormat, shape: tuple[int, int]) -> Weight:
-    if after == formats.expanded(before):
-        return formats.expand(before, weight, shape)
-    return after.pack(before.unpack(weight, shape))
+def _repack(weight: Weight, before: WeightFormat, after: WeightFormat, shape: tuple[int, int]
+            ) -> tuple[Weight, Float[Array, ""]]:
+    """The weight in the format `after`, and the largest magnitude of its values."""
+    values = before.unpack(weight, shape)
+    return after.pack(values), formats.largest(values)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _expand(weight: Weight, before: WeightFormat, shape: tuple[int, int]) -> Weight:
+    return formats.expand(before, weight, shape)

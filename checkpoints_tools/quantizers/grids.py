@@ -152,7 +152,7 @@ class TwoLevelGrid(Grid):
 
     def level(self, values: Float[Array, "... g N"], channel: Float[Array, "N"], shrink: Float[Array, ""]) -> Level:
         if not self.zeros:
-            step = (_nonzero(shrink * _largest(values) / -8) / channel).astype(jnp.float16).astype(jnp.float32)
+            step = (shrink * _largest(values) / -8 / channel).astype(jnp.float16).astype(jnp.float32)
             return Level(step, jnp.full_like(step, 8))
         lowest, highest = _range(jnp.round(values / channel), shrink)
         step = jnp.clip(jnp.round((highest - lowest) / 15), 1, 255)

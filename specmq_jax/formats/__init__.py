@@ -15,12 +15,13 @@ from specmq_jax.formats.logical import (
     TwoLevelInt4,
     dense_values,
 )
+from specmq_jax.formats.ranges import Range, largest, peak
 from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format, Int4TwoLevel
 
 __all__ = ["MOST_REPRODUCIBLE_ROWS", "ChannelInt4", "ChannelInt8", "Dense", "DenseFormat", "GroupedInt4", "Int4Channel",
            "Int4Group", "Int4GroupFormat", "Int4Int8Format", "Int4TwoLevel", "Int8Channel", "Int8ChannelFormat", "Logical",
-           "Quantised", "TwoLevelInt4", "Weight", "WeightFormat", "dense_values", "expand", "expanded", "get",
-           "names"]
+           "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense_values", "expand", "expanded", "get",
+           "largest", "names", "peak"]
 
 _FORMATS: tuple[WeightFormat, ...] = (
     *(DenseFormat(kind=kind) for kind in ("fp32", "bf16", "fp16")),

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from specmq_jax.formats.logical import Logical
+from specmq_jax.formats.logical import Logical, Quantised, dense_values
+from specmq_jax.formats.ranges import Range, is_traced, peak
 
 MOST_REPRODUCIBLE_ROWS = 64
 """More rows are a prompt, which every format may multiply in another way."""
@@ -49,9 +50,39 @@ class WeightFormat(abc.ABC):
     def abstract(self, shape: tuple[int, int]) -> Weight:
         """The weight of a [K, N] layer with `jax.ShapeDtypeStruct` leaves."""
 
+    @property
+    def range(self) -> Range:
+        """The magnitudes that it can stand for."""
+        return Range.of(jnp.float32)
+
+    def pack(self, logical: Logical, *, name: str = "the weight") -> Weight:
+        """Stores a logical [K, N] weight called `name`, quantising by round-to-nearest where it holds plain values, or integers
+        that were made for another format.
+
+        Raises:
+          UserError: values that are not finite or outside `range`, parts that do not fit each other. Nothing can be raised
+            over traced arrays; whoever traces this checks `ranges.largest` of the values.
+        """
+        concrete = not is_traced(_arrays(logical))
+        if isinstance(logical, Quantised):
+            if concrete:
+                logical.check(name)
+            if self._holds(logical):
+                if concrete:
+                    self.range.check(logical.peak(), name)
+                return self._pack(logical)
+            logical = dense_values(logical)
+        if concrete:
+            self.range.check(peak(logical), name)
+        return self._pack(logical)
+
+    def _holds(self, logical: Quantised) -> bool:
+        """Whether the integers are stored as they are."""
+        return False
+
     @abc.abstractmethod
-    def pack(self, logical: Logical) -> Weight:
-        """Stores a logical [K, N] weight, quantising by round-to-nearest where it holds plain values."""
+    def _pack(self, logical: Logical) -> Weight:
+        """`pack` of plain values, or of integers that the format holds."""
 
     @abc.abstractmethod
     def unpack(self, weight: Weight, shape: tuple[int, int]) -> Float[Array, "K N"]:
@@ -76,3 +107,8 @@ class WeightFormat(abc.ABC):
         """A random weight of the format for a [K, N] layer, normal with variance 1 / K."""
         values = jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
         return self.pack(values)
+
+
+def _arrays(logical: Logical) -> list[Any]:
+    fields = dataclasses.fields(logical) if isinstance(logical, Quantised) else ()
+    return [getattr(logical, field.name) for field in fields] or [logical]

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import dense
 from pallas_kernels.partials import add_up
 from specmq_jax.formats.base import WeightFormat
-from specmq_jax.formats.logical import Logical, dense_values
+from specmq_jax.formats.logical import Logical
+from specmq_jax.formats.ranges import Range
 
 _WIDE_COLUMNS = 16384
 """From here on XLA's own product reads a weight as fast as the memory allows."""
@@ -42,8 +43,12 @@ class DenseFormat(WeightFormat):
     def abstract(self, shape: tuple[int, int]) -> Dense:
         return Dense(jax.ShapeDtypeStruct(shape, self.dtype))
 
-    def pack(self, logical: Logical) -> Dense:
-        return Dense(dense_values(logical).astype(self.dtype))
+    @property
+    def range(self) -> Range:
+        return Range.of(self.dtype)
+
+    def _pack(self, logical: Logical) -> Dense:
+        return Dense(jnp.asarray(logical).astype(self.dtype))
 
     def unpack(self, weight: Dense, shape: tuple[int, int]) -> Float[Array, "K N"]:
         return weight.values.astype(jnp.float32)

@@ -12,7 +12,8 @@ from pallas_kernels.w8a8 import api as w8a8
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.dense import Dense, DenseFormat
 from specmq_jax.formats.int8 import Int8Channel
-from specmq_jax.formats.logical import Logical
+from specmq_jax.formats.logical import Logical, Quantised
+from specmq_jax.formats.ranges import Range
 from specmq_jax.formats.w4a8 import Int4Channel
 
 
@@ -51,8 +52,15 @@ class ExpandedIntegersFormat(WeightFormat):
     def abstract(self, shape: tuple[int, int]) -> ExpandedIntegers:
         return ExpandedIntegers(*(jax.ShapeDtypeStruct(part, jnp.float32) for part in (shape, shape[1:], shape[1:])))
 
-    def pack(self, logical: Logical) -> ExpandedIntegers:
-        return expand(self.source, self.source.pack(logical), logical.shape)
+    @property
+    def range(self) -> Range:
+        return self.source.range
+
+    def _holds(self, logical: Quantised) -> bool:
+        return self.source._holds(logical)
+
+    def _pack(self, logical: Logical) -> ExpandedIntegers:
+        return expand(self.source, self.source._pack(logical), logical.shape)
 
     def unpack(self, weight: ExpandedIntegers, shape: tuple[int, int]) -> Float[Array, "K N"]:
         return weight.integers * weight.scales - weight.offsets

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.w4a16 import api as w4a16
 from specmq_jax.formats.base import WeightFormat
-from specmq_jax.formats.logical import GroupedInt4, Logical, dense_values
+from specmq_jax.formats.logical import GroupedInt4, Logical, Quantised
+from specmq_jax.formats.ranges import Range
 
 
 @jax.tree_util.register_dataclass
@@ -53,11 +54,16 @@ class Int4GroupFormat(WeightFormat):
                          w4a16.scales_shape(rows, columns, self.group_size),
                          jax.ShapeDtypeStruct((rows,), jnp.int32) if self.act_order else None)
 
-    def pack(self, logical: Logical) -> Int4Group:
-        if isinstance(logical, GroupedInt4) and self._same_groups(logical):
+    @property
+    def range(self) -> Range:
+        """That of f16: many rows are multiplied by the values themselves, in half precision."""
+        return Range.of(jnp.float16, codes=8)
+
+    def _pack(self, logical: Logical) -> Int4Group:
+        if isinstance(logical, GroupedInt4):
             q, scales, order = jnp.asarray(logical.q), jnp.asarray(logical.scales, jnp.float16), logical.order
         else:
-            (q, scales), order = self.round_to_nearest(dense_values(logical).astype(jnp.float32)), None
+            (q, scales), order = self.round_to_nearest(jnp.asarray(logical, jnp.float32)), None
         if self.act_order:
             order = jnp.arange(len(q), dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
         return Int4Group(w4a16.pack(q), scales.astype(jnp.float32) if self.group_size == -1 else w4a16.pack_scales(scales),
@@ -68,8 +74,8 @@ class Int4GroupFormat(WeightFormat):
         scales = weight.scales if self.group_size == -1 else w4a16.unpack_scales(weight.scales, self._groups(rows))
         return GroupedInt4(w4a16.unpack(weight.packed, rows), scales.astype(jnp.float16), self.group_size, weight.order)
 
-    def _same_groups(self, logical: GroupedInt4) -> bool:
-        if logical.order is not None and not self.act_order:
+    def _holds(self, logical: Quantised) -> bool:
+        if not isinstance(logical, GroupedInt4) or (logical.order is not None and not self.act_order):
             return False
         rows = logical.shape[0]
         return self._groups(rows) == 1 == logical.scales.shape[0] or logical.group_size == self.group_size

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import w8a8, w8a16
 from specmq_jax.formats.base import WeightFormat
-from specmq_jax.formats.logical import ChannelInt8, Logical, dense_values
+from specmq_jax.formats.logical import ChannelInt8, Logical, Quantised
 
 
 @jax.tree_util.register_dataclass
@@ -38,11 +38,14 @@ class Int8ChannelFormat(WeightFormat):
         rows, columns = shape
         return Int8Channel(jax.ShapeDtypeStruct((columns, rows), jnp.int8), jax.ShapeDtypeStruct((columns,), jnp.float32))
 
-    def pack(self, logical: Logical) -> Int8Channel:
+    def _holds(self, logical: Quantised) -> bool:
+        return isinstance(logical, ChannelInt8)
+
+    def _pack(self, logical: Logical) -> Int8Channel:
         if isinstance(logical, ChannelInt8):
             return Int8Channel(jnp.asarray(logical.q).T, jnp.asarray(logical.scales, jnp.float32))
         # a row of the transposed weight is an output's, as a token's row is of the activations
-        return Int8Channel(*w8a8.quantise_rows(dense_values(logical).astype(jnp.float32).T))
+        return Int8Channel(*w8a8.quantise_rows(jnp.asarray(logical, jnp.float32).T))
 
     def unpack(self, weight: Int8Channel, shape: tuple[int, int]) -> Float[Array, "K N"]:
         return ChannelInt8(weight.values.T, weight.scales).dense()

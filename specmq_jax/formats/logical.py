@@ -2,12 +2,16 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, Int16, Int32, UInt8
+
+from specmq_jax.errors import UserError
+from specmq_jax.formats.ranges import peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,15 @@ class Quantised(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> Float[Array, "K N"]:
         """The weight's values, f32[K, N]."""
+
+    @abc.abstractmethod
+    def peak(self) -> float:
+        """No less than the largest magnitude of its values, whatever codes there are."""
+
+    @abc.abstractmethod
+    def check(self, name: str) -> None:
+        """Raises a `UserError` that begins with `name` where its arrays do not fit each other, codes their bits, or scales and
+        offsets are not finite."""
 
     @classmethod
     def beside(cls, parts: Sequence[Self]) -> Self:
@@ -58,6 +71,16 @@ class GroupedInt4(Quantised):
         rows = (jnp.asarray(self.q, jnp.float32) - 8) * _per_row(self.scales, self.group_size, len(self.q))
         return rows if self.order is None else rows[jnp.argsort(self.order)]
 
+    def peak(self) -> float:
+        return 8 * peak(self.scales)
+
+    def check(self, name: str) -> None:
+        _check_codes(name, self.q)
+        rows, columns = self.shape
+        _check_part(name, "scales", self.scales, (_groups(rows, self.group_size), columns))
+        if self.order is not None and not np.array_equal(np.sort(self.order), np.arange(rows)):
+            raise UserError(f"{name} has an order that does not hold each of its {rows} inputs once")
+
     @classmethod
     def beside(cls, parts: Sequence[Self]) -> Self:
         """Parts that multiply the same inputs have one order."""
@@ -84,6 +107,14 @@ class ChannelInt8(Quantised):
     def dense(self) -> Float[Array, "K N"]:
         return jnp.asarray(self.q, jnp.float32) * jnp.asarray(self.scales, jnp.float32)
 
+    def peak(self) -> float:
+        return 128 * peak(self.scales)
+
+    def check(self, name: str) -> None:
+        if self.q.dtype != np.int8 or self.q.ndim != 2:
+            raise UserError(f"{name} has codes {self.q.dtype}{list(self.q.shape)}; expected int8[K, N]")
+        _check_part(name, "scales", self.scales, self.shape[1:])
+
 
 @dataclasses.dataclass(frozen=True)
 class ChannelInt4(Quantised):
@@ -104,6 +135,14 @@ class ChannelInt4(Quantised):
 
     def dense(self) -> Float[Array, "K N"]:
         return jnp.asarray(self.q, jnp.float32) * jnp.asarray(self.scales, jnp.float32) - jnp.asarray(self.offsets)
+
+    def peak(self) -> float:
+        return 15 * peak(self.scales) + peak(self.offsets)
+
+    def check(self, name: str) -> None:
+        _check_codes(name, self.q)
+        _check_part(name, "scales", self.scales, self.shape[1:])
+        _check_part(name, "offsets", self.offsets, self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +178,32 @@ class TwoLevelInt4(Quantised):
     def dense(self) -> Float[Array, "K N"]:
         return self.integers() * jnp.asarray(self.channel_scales, jnp.float32)
 
+    def peak(self) -> float:
+        return 128 * peak(self.channel_scales)  # an integer is held to 8 bits, however large its group's scale
+
+    def check(self, name: str) -> None:
+        _check_codes(name, self.q)
+        rows, columns = self.shape
+        groups = _groups(rows, self.group_size), columns
+        _check_part(name, "group_scales", self.group_scales, groups)
+        _check_part(name, "channel_scales", self.channel_scales, self.shape[1:])
+        expected = np.float16 if self.group_zeros is None else np.uint8
+        if self.group_scales.dtype != expected:
+            raise UserError(f"{name} has group_scales of {self.group_scales.dtype}; expected {np.dtype(expected)} "
+                            f"{'without' if self.group_zeros is None else 'beside'} group_zeros")
+        if self.group_zeros is not None:
+            _check_part(name, "group_zeros", self.group_zeros, groups)
+            if not fits_bytes(*map(np.asarray, (self.q, self.group_scales, self.group_zeros)), self.group_size):
+                raise UserError(f"{name} has group_scales and group_zeros that take its codes beyond 8 bits")
+
+
+def fits_bytes(q: UInt8[np.ndarray, "K N"], scales: UInt8[np.ndarray, "G N"], zeros: Int16[np.ndarray, "G N"], group_size: int
+               ) -> bool:
+    """Whether every q * scale + zero is an 8-bit integer, which the lowest and the highest code of a group decide."""
+    starts = np.arange(0, len(q), group_size)
+    low, high = (end.reduceat(q, starts, axis=0).astype(np.int32) * scales + zeros for end in (np.minimum, np.maximum))
+    return low.min() >= -128 and high.max() <= 127
+
 
 Logical = Float[np.ndarray, "K N"] | Float[Array, "K N"] | Quantised
 """A weight before packing, [in, out]."""
@@ -147,6 +212,24 @@ Logical = Float[np.ndarray, "K N"] | Float[Array, "K N"] | Quantised
 def dense_values(logical: Logical) -> Float[Array, "K N"]:
     """The values of a logical weight, in the dtype they were stored in (f32 for integers)."""
     return logical.dense() if isinstance(logical, Quantised) else jnp.asarray(logical)
+
+
+def _groups(rows: int, group_size: int) -> int:
+    return 1 if group_size == -1 else -(-rows // group_size)
+
+
+def _check_codes(name: str, q: UInt8[np.ndarray, "K N"]) -> None:
+    if q.dtype != np.uint8 or q.ndim != 2:
+        raise UserError(f"{name} has codes {q.dtype}{list(q.shape)}; expected uint8[K, N]")
+    if q.size and int(q.max()) > 15:
+        raise UserError(f"{name} has a code {int(q.max())}; 4 bits hold 0 to 15")
+
+
+def _check_part(name: str, part: str, values: np.ndarray, expected: tuple[int, ...]) -> None:
+    if values.shape != expected:
+        raise UserError(f"{name} has {part} of shape {list(values.shape)}; its codes ask for {list(expected)}")
+    if not math.isfinite(peak(values)):
+        raise UserError(f"{name} has {part} that are not finite: the checkpoint is damaged")
 
 
 def _per_row(groups: np.ndarray, group_size: int, rows: int) -> Float[Array, "K N"]:

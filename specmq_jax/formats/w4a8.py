@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import w4a8, w8a8
 from specmq_jax.formats.base import WeightFormat
-from specmq_jax.formats.logical import ChannelInt4, Logical, TwoLevelInt4, dense_values
+from specmq_jax.formats.logical import ChannelInt4, Logical, Quantised, TwoLevelInt4
 
 _PROTECTED = 119  # QoQ's first level stops short of 127, so that the second one's rounding can't leave 8 bits
 
@@ -73,9 +73,9 @@ class Int4Int8Format(WeightFormat):
         groups = array(jnp.int32, -(-rows // self.group_size), columns)
         return Int4TwoLevel(packed, groups, scales, None if self._zeros else array(jnp.int32, 1))
 
-    def pack(self, logical: Logical) -> Any:
-        if not self._holds(logical):
-            logical = self._quantise(dense_values(logical).astype(jnp.float32))
+    def _pack(self, logical: Logical) -> Any:
+        if not isinstance(logical, Quantised):
+            logical = self._quantise(jnp.asarray(logical, jnp.float32))
         q = jnp.asarray(logical.q).T
         packed = w4a8.pack(q)
         if isinstance(logical, ChannelInt4):
@@ -85,8 +85,8 @@ class Int4Int8Format(WeightFormat):
         groups = w4a8.pack_groups(scales, None if zeros is None else jnp.asarray(zeros))
         return Int4TwoLevel(packed, groups, jnp.asarray(logical.channel_scales, jnp.float32), saturates)
 
-    def _holds(self, logical: Logical) -> bool:
-        """Whether the weight was stored in this format; QQQ's per channel has the offset of a code 8."""
+    def _holds(self, logical: Quantised) -> bool:
+        """QQQ's per channel has the offset of a code 8."""
         if isinstance(logical, ChannelInt4):
             return self.group_size == -1 and (self._zeros or bool((logical.offsets == 8 * logical.scales).all()))
         return (isinstance(logical, TwoLevelInt4) and logical.group_size == self.group_size
@@ -142,8 +142,8 @@ class Int4Int8Format(WeightFormat):
 
     def _two_levels(self, grouped: Float[Array, "G g N"]) -> tuple[Array, Array, None, Array]:
         largest = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), axis=1, keepdims=True), axis=1)
-        steps = _nonzero(largest / -8)  # the entry of largest magnitude gets the code without a mirror image
-        q = jnp.clip(jnp.round(grouped / steps) + 8, 0, 15)
+        steps = largest / -8  # the entry of largest magnitude gets the code without a mirror image
+        q = jnp.clip(jnp.round(grouped / _nonzero(steps)) + 8, 0, 15)
         channel_scales = _nonzero(jnp.max(jnp.abs((q - 8) * steps), axis=(0, 1)) / 127)
         return q, (steps[:, 0] / channel_scales).astype(jnp.float16), None, channel_scales
 
