@@ -66,7 +66,7 @@ def _quantised_or_dense(path: pathlib.Path) -> Reader:
     quantisation = config.get("quantization_config") or config.get("compression_config")
     if quantisation is None and (path / "quantize_config.json").is_file():
         quantisation = read_json(path / "quantize_config.json")
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, config.get("transformers_weights"))
     if not isinstance(quantisation, dict | None):
         raise UserError(f"{path / 'config.json'} has a quantization_config that is not an object")
     if quantisation is None:

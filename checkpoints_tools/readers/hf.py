@@ -10,7 +10,8 @@ import numpy as np
 from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
 from checkpoints_tools.readers.safetensors_files import SafetensorsFiles
 from checkpoints_tools.readers.tensor_files import TensorFiles
-from checkpoints_tools.readers.torch_files import TorchFiles, find_torch_files
+from checkpoints_tools.readers.torch_files import TorchFiles
+from checkpoints_tools.readers.weight_files import ROTATION_FILES, find_weight_files, shown
 from specmq_jax.config import LlamaConfig, read_json
 from specmq_jax.errors import UserError
 from specmq_jax.parameters import Formats
@@ -18,20 +19,19 @@ from specmq_jax.parameters import Formats
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
                    "generation_config.json")
-ROTATION_FILES = ("rotation.safetensors", "rotation.pth", "rotation.pt", "rotation.bin")
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _GENERATED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
 
 
-def open_tensors(directory: pathlib.Path) -> TensorFiles:
-    """The tensors of a directory, whose pickled files are looked at where it has no safetensors file.
+def open_tensors(directory: pathlib.Path, named: str | None = None) -> TensorFiles:
+    """The tensors of a directory; `named` as in `find_weight_files`.
 
     Raises:
-      UserError: what `SafetensorsFiles` and `TorchFiles` raise.
+      UserError: what `find_weight_files`, `SafetensorsFiles` and `TorchFiles` raise.
     """
-    if not any(directory.glob("*.safetensors*")) and find_torch_files(directory):
-        return TorchFiles(directory)
-    return SafetensorsFiles(directory)
+    weights = find_weight_files(directory, named)
+    kind = SafetensorsFiles if weights.files[0].suffix == ".safetensors" else TorchFiles
+    return kind(directory, weights)
 
 
 class HuggingFaceReader(ModuleReader):
@@ -89,10 +89,10 @@ class HuggingFaceReader(ModuleReader):
         return values if is_unturned(module, values.shape) else values.T
 
     def _refuse_unknown_tensors(self) -> None:
-        for name in self._tensors.headers.keys() - self._expected:
+        for name in sorted(self._tensors.headers.keys() - self._expected):
             if name == "lm_head.weight" or _GENERATED.search(name):
                 continue
-            raise UserError(f"{self.location} holds the tensor {name}, which a Llama model of "
+            raise UserError(f"{self.location} holds the tensor {shown(name)}, which a Llama model of "
                             f"{self.llama.num_layers} layers does not use")
 
 

@@ -7,6 +7,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from checkpoints_tools.readers.hf import TOKENIZER_FILES
+from checkpoints_tools.readers.weight_files import ROTATION_FILES
 from specmq_jax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,7 +38,7 @@ def download(name: str) -> pathlib.Path:
     """
     try:
         path = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
-        if any(path.glob("*.safetensors")):
+        if any(file.name not in ROTATION_FILES for file in path.glob("*.safetensors")):
             return path
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *_PICKLED]))
     except errors.GatedRepoError:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -52,15 +51,3 @@ class TensorFiles(abc.ABC):
         if found.type not in types:
             raise UserError(f"tensor {name} has type {found.type}; expected {' or '.join(types)}")
         return found
-
-
-def indexed_files(index: pathlib.Path) -> list[pathlib.Path]:
-    """The files that a *.index.json names, each of which must be there, else a `UserError`."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map")
-    files = [index.parent / str(name) for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing; {index.name} names it")
-    return files

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.readers.tensor_files import DTYPES, TensorFiles, TensorHeader, indexed_files
+from checkpoints_tools.readers.tensor_files import DTYPES, TensorFiles, TensorHeader
+from checkpoints_tools.readers.weight_files import WeightFiles
 from specmq_jax.errors import UserError
 
-_INDEX = "pytorch_model.bin.index.json"
-_PREFERRED = ("quant_model.pt", "pytorch_model.bin")
-_PATTERNS = ("*.bin", "*.pt")
 _BFLOAT16 = DTYPES["BF16"]
 _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
@@ -20,16 +18,14 @@ class TorchFiles(TensorFiles):
     """The tensors of a directory by name; the files are mapped, so that a tensor is in memory only when it is read.
 
     Raises:
-      UserError: PyTorch is not installed; several files of which none has a known name; a damaged file, or one that holds
-        more than tensors.
+      UserError: PyTorch is not installed; a damaged file, or one that holds more than tensors; a tensor in two files, or not in
+        the file where the index has it.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, weights: WeightFiles):
         self.directory = directory
-        self.files = find_torch_files(directory)
-        self._tensors: dict[str, Any] = {}
-        for file in self.files:
-            self._tensors |= _load(file)
+        self.files = weights.files
+        self._tensors: dict[str, Any] = weights.joined({file: _load(file) for file in self.files})
         self.headers = {name: _header(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -39,20 +35,6 @@ class TorchFiles(TensorFiles):
 def load_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of one file by name; one that is there by itself has the file's name. Errors as of `TorchFiles`."""
     return {name: _array(tensor) for name, tensor in _load(file, alone=True).items()}
-
-
-def find_torch_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The pickled weight files of a directory, none if it has none; a `UserError` where it is unclear which ones."""
-    if (directory / _INDEX).is_file():
-        return indexed_files(directory / _INDEX)
-    files = sorted(file for pattern in _PATTERNS for file in directory.glob(pattern))
-    for name in _PREFERRED:
-        if directory / name in files:
-            return [directory / name]
-    if len(files) > 1:
-        raise UserError(f"{directory} holds {len(files)} pickled files ({', '.join(file.name for file in files)}); expected "
-                        f"one, or one of the name {' or '.join(_PREFERRED)}")
-    return files
 
 
 def _load(file: pathlib.Path, *, alone: bool = False) -> dict[str, Any]:

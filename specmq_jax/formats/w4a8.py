@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import w4a8, w8a8
@@ -88,7 +89,8 @@ class Int4Int8Format(WeightFormat):
     def _holds(self, logical: Quantised) -> bool:
         """QQQ's per channel has the offset of a code 8."""
         if isinstance(logical, ChannelInt4):
-            return self.group_size == -1 and (self._zeros or bool((logical.offsets == 8 * logical.scales).all()))
+            with np.errstate(over="ignore"):
+                return self.group_size == -1 and (self._zeros or bool((logical.offsets == 8 * logical.scales).all()))
         return (isinstance(logical, TwoLevelInt4) and logical.group_size == self.group_size
                 and (logical.group_zeros is not None) == self._zeros)
 

@@ -1,5 +1,6 @@
 """Pickled checkpoints: tensors are read from them, and nothing else ever is."""
 
+import json
 import pathlib
 import pickle
 import sys
@@ -63,8 +64,8 @@ def test_shards(tmp_path):
     names = sorted(tensors)
     write_torch(tmp_path / "source", {name: tensors[name] for name in names[::2]}, TINY, "pytorch_model-1.bin")
     write_torch(tmp_path / "source", {name: tensors[name] for name in names[1::2]}, TINY, "pytorch_model-2.bin")
-    (tmp_path / "source" / "pytorch_model.bin.index.json").write_text(
-        '{"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}')
+    weight_map = {name: f"pytorch_model-{1 + i % 2}.bin" for i, name in enumerate(names)}
+    (tmp_path / "source" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     reader = open_source(tmp_path / "source")
     np.testing.assert_array_equal(reader.read("norm/scale"), tensors["model.norm.weight"])
     (tmp_path / "source" / "pytorch_model-2.bin").unlink()
