@@ -1,16 +1,20 @@
 """The file of a rotation: the orthogonal matrix Q that took a model's residual stream x to x Q."""
 
+import math
 import pathlib
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from checkpoints_tools.readers.hf import find_rotation
+from checkpoints_tools.readers.safetensors_files import SafetensorsFiles
+from checkpoints_tools.readers.tensor_files import DTYPES
 from checkpoints_tools.readers.torch_files import load_tensors
+from checkpoints_tools.readers.weight_files import WeightFiles
 from checkpoints_tools.shards import save_tensors
 from specmq_jax.errors import UserError
+from specmq_jax.formats import peak
 
 _FILE = "rotation.safetensors"
 _NAME = "rotation"
@@ -53,6 +57,8 @@ def check_rotation(rotation: np.ndarray, name: str, size: int | None = None) -> 
     """A matrix that is not square, not of that size or not orthogonal is a `UserError` that begins with `name`."""
     if rotation.ndim != 2 or rotation.shape[0] != rotation.shape[1]:
         raise UserError(f"{name} has shape {list(rotation.shape)}; a rotation is a square matrix")
+    if not math.isfinite(peak(rotation)):
+        raise UserError(f"{name} holds values that are not finite; it is not orthogonal, so it is no rotation")
     if size is not None and len(rotation) != size:
         raise UserError(f"{name} rotates {len(rotation)} dimensions; this model's hidden states have {size}")
     # random vectors that come back through the transpose: the product of the whole matrices would take minutes at D = 8192
@@ -65,13 +71,17 @@ def check_rotation(rotation: np.ndarray, name: str, size: int | None = None) -> 
 def _read_matrix(path: pathlib.Path) -> np.ndarray:
     if path.suffix in _PICKLED:
         tensors = load_tensors(path)
-    elif path.suffix == ".safetensors":
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or not safetensors: {str(error).splitlines()[0]}") from None
-    else:
+        return tensors[_only_name(path, tensors)]
+    if path.suffix != ".safetensors":
         raise UserError(f"{path} is no rotation's file: expected the ending .safetensors, {', '.join(_PICKLED)}")
+    files = SafetensorsFiles(path.parent, WeightFiles((path,)))
+    name = _only_name(path, files.headers)
+    if files.headers[name].type not in DTYPES:
+        raise UserError(f"{path} has type {files.headers[name].type}; expected one of {', '.join(DTYPES)}")
+    return files.read(name)
+
+
+def _only_name(path: pathlib.Path, tensors: Collection[str]) -> str:
     if _NAME not in tensors and len(tensors) != 1:
         raise UserError(f"{path} holds {len(tensors)} tensors; expected one, or one of the name {_NAME!r}")
-    return tensors.get(_NAME, next(iter(tensors.values())))
+    return _NAME if _NAME in tensors else next(iter(tensors))

@@ -61,6 +61,10 @@ class Reader(abc.ABC):
     def save_rotation(self, directory: pathlib.Path) -> None:
         """Puts the rotation's file, where there is one, into `directory`: heads are adapted to a rotated model by it."""
         if self.rotation_file:
+            from checkpoints_tools.rotation_file import load_rotation  # which imports the readers
+
+            if self.rotation_file.suffix == ".safetensors":  # others need PyTorch, and are looked at where they are used
+                load_rotation(self.rotation_file, self.llama.hidden_size)
             shutil.copyfile(self.rotation_file, directory / self.rotation_file.name)
 
     def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:

@@ -65,7 +65,7 @@ class QqqReader(QuantisedReader):
         q = layouts.qqq_codes(self._tensors.read(f"{module}.B"), grouped=self._group_size != -1)
         scales = layouts.channel_scales(self._tensors.read(f"{module}.s_channel"))
         if self._group_size == -1:
-            steps = 16 * scales
-            return ChannelInt4(q, steps, 8 * steps)
+            with np.errstate(over="ignore"):  # whoever packs them looks whether they are finite
+                return ChannelInt4(q, 16 * scales, 8 * (16 * scales))
         groups = layouts.group_scales(self._tensors.read(f"{module}.s_group"))
         return TwoLevelInt4(q, groups, None, scales.astype(np.float32), self._group_size)
