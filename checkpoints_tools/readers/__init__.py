@@ -12,11 +12,13 @@ from checkpoints_tools.readers.marlin import MarlinReader, is_marlin
 from checkpoints_tools.readers.native import NativeReader
 from checkpoints_tools.readers.qqq import QqqReader
 from checkpoints_tools.readers.qserve import QoqReader, QServeInt8Reader
+from checkpoints_tools.readers.settings import as_object
 from checkpoints_tools.readers.tensor_files import TensorFiles
 from specmq_jax import checkpoint
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 
+_METHODS = ("gptq", *AUTO_ROUND, "qqq", "compressed-tensors")
 __all__ = ["Reader", "Stored", "open_source"]
 
 
@@ -63,25 +65,27 @@ def _open_path(path: pathlib.Path) -> Reader:
 def _quantised_or_dense(path: pathlib.Path) -> Reader:
     """By config.json's quantization_config, or quantize_config.json beside it; without either by the tensors' names."""
     config = read_json(path / "config.json")
-    quantisation = config.get("quantization_config") or config.get("compression_config")
-    if quantisation is None and (path / "quantize_config.json").is_file():
+    quantisation = None
+    for key in ("quantization_config", "compression_config"):
+        quantisation = quantisation or as_object(f"{path / 'config.json'} has a {key} that", config.get(key))
+    if not quantisation and (path / "quantize_config.json").is_file():
         quantisation = read_json(path / "quantize_config.json")
     tensors = open_tensors(path, config.get("transformers_weights"))
-    if not isinstance(quantisation, dict | None):
-        raise UserError(f"{path / 'config.json'} has a quantization_config that is not an object")
-    if quantisation is None:
+    if not quantisation:
         return _open_by_names(path, tensors)
     method = quantisation.get("quant_method") or quantisation.get("method") or "gptq"
+    if method not in _METHODS:
+        raise UserError(f"{path} is quantised by {method!r}; read are 'gptq', 'auto-round', 'qqq' and 'compressed-tensors', "
+                        "and QServe's files")
+    if quantisation.get("method") not in (None, method):
+        raise UserError(f"{path} has quant_method {method!r} and method {quantisation['method']!r}; expected the same in both")
     if method == "gptq" and is_marlin(tensors):
         return MarlinReader(path, quantisation, tensors)
     if method in ("gptq", *AUTO_ROUND):
         return GptqReader(path, quantisation, tensors)
     if method == "qqq":
         return QqqReader(path, quantisation, tensors)
-    if method == "compressed-tensors":
-        return open_compressed(path, quantisation, tensors)
-    raise UserError(f"{path} is quantised by {method!r}; read are 'gptq', 'auto-round', 'qqq' and 'compressed-tensors', and "
-                    "QServe's files")
+    return open_compressed(path, quantisation, tensors)
 
 
 def _open_by_names(path: pathlib.Path, tensors: TensorFiles) -> Reader:

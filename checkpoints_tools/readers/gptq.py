@@ -21,11 +21,16 @@ from checkpoints_tools.readers.quantised import (
     check_divisible,
     check_group_size,
 )
+from checkpoints_tools.readers.settings import HOW_IT_WAS_MADE, OF_ACTIVATIONS, check_entries, check_overrides
 from checkpoints_tools.readers.tensor_files import TensorFiles
 from specmq_jax.errors import UserError
 
 AUTO_ROUND = ("auto-round", "intel/auto-round")
 _ZEROS = {"gptq": 7, "gptq_v2": 8}
+_OVERRIDES = ("dynamic", "extra_config", "regex_config")
+_KINDS = {"quant_method": str, "method": str, "bits": int, "group_size": int, "sym": bool, "desc_act": bool,
+          "static_groups": bool, "meta": dict, "checkpoint_format": str, "format": str, "packing_format": str,
+          "pack_dtype": str, "data_type": str, "act_bits": int, **dict.fromkeys(_OVERRIDES, dict)}
 _AUTO_ROUND_ZEROS = {"auto_round:auto_gptq": 7, "auto_round:gptq": 7, "auto_round:gptqmodel": 8, "auto_round": 8}
 """What stands for a zero point of 8; the keys are Intel's packing formats (auto_round.inference.backend)."""
 
@@ -42,8 +47,9 @@ class GptqReader(GroupedReader):
     def __init__(self, directory: pathlib.Path, quantisation: Mapping[str, Any], tensors: TensorFiles | None = None):
         auto_round = quantisation.get("quant_method") in AUTO_ROUND
         self.kind = "AutoRound" if auto_round else "GPTQ"
-        self._zero = _stored_zero(directory, quantisation, auto_round)
         self._group_size = check_quantisation(directory, quantisation)
+        self._zero = _stored_zero(directory, quantisation, auto_round)
+        self._asked_order = asked_order(quantisation)
         super().__init__(directory, tensors)
 
     def _parts(self, module: str, shape: Shape) -> Mapping[str, Part]:
@@ -69,27 +75,34 @@ class GptqReader(GroupedReader):
 
 def check_quantisation(directory: pathlib.Path, quantisation: Mapping[str, Any]) -> int:
     """The group size of a GPTQ or AutoRound configuration; one that is not read is a `UserError`."""
+    check_entries(f"{directory} has a quantization_config that", quantisation, honoured=_KINDS,
+                  ignored=HOW_IT_WAS_MADE | OF_ACTIVATIONS)
     check_bits(directory, quantisation.get("bits"))
-    if not quantisation.get("sym", True):
+    if quantisation.get("sym") is False:
         raise UserError(f"{directory} is quantised with sym = false; only symmetric GPTQ weights are read")
-    for key in ("dynamic", "extra_config"):
-        for module, settings in (quantisation.get(key) or {}).items():
-            bits = (settings or {}).get("bits", 4)
-            if bits != 4 and "lm_head" not in module:
-                raise UserError(f"{directory} quantises {module} to {bits!r} bits and other weights to 4 ({key}); models of "
-                                "mixed precisions are not read")
+    for key, expected in (("pack_dtype", "int32"), ("data_type", "int")):
+        if quantisation.get(key) not in (None, expected):
+            raise UserError(f"{directory} has {key} {quantisation[key]!r}; only {expected!r} is read")
+    for key in _OVERRIDES:
+        check_overrides(directory, key, quantisation.get(key), quantisation)
     activation_bits = quantisation.get("act_bits") or 16
     if activation_bits < 16:
         raise UserError(f"{directory} is made for {activation_bits}-bit activations; GPTQ's layout is read for 16 bits only")
-    return check_group_size(directory, quantisation.get("group_size", -1))
+    return check_group_size(directory, quantisation.get("group_size"))
+
+
+def asked_order(quantisation: Mapping[str, Any]) -> str | None:
+    """What says that rows are out of the order of their groups; None where nothing does."""
+    static = quantisation.get("static_groups") or (quantisation.get("meta") or {}).get("static_groups")
+    return "desc_act = true" if quantisation.get("desc_act") and not static else None
 
 
 def _stored_zero(directory: pathlib.Path, quantisation: Mapping[str, Any], auto_round: bool) -> int:
-    if auto_round:
-        key, known, layout = "packing_format", _AUTO_ROUND_ZEROS, quantisation.get("packing_format", "auto_round:auto_gptq")
-    else:
-        key, known = "checkpoint_format", _ZEROS
-        layout = quantisation.get("checkpoint_format") or quantisation.get("format") or "gptq"
+    key, known = ("packing_format", _AUTO_ROUND_ZEROS) if auto_round else ("checkpoint_format", _ZEROS)
+    layout = quantisation.get(key)
+    if not auto_round:
+        layout = layout or quantisation.get("format")
+    layout = layout or next(iter(known))
     if layout not in known:
         raise UserError(f"{directory} has {key} {layout!r}; read are {', '.join(map(repr, known))}")
     return known[layout]

@@ -13,7 +13,7 @@ import numpy as np
 
 from checkpoints_tools.readers import layouts
 from checkpoints_tools.readers.base import Shape
-from checkpoints_tools.readers.gptq import check_quantisation
+from checkpoints_tools.readers.gptq import asked_order, check_quantisation
 from checkpoints_tools.readers.quantised import SCALE_TYPES, GroupedReader, Part, check_divisible
 from checkpoints_tools.readers.tensor_files import TensorFiles
 
@@ -35,6 +35,7 @@ class MarlinReader(GroupedReader):
 
     def __init__(self, directory: pathlib.Path, quantisation: Mapping[str, Any], tensors: TensorFiles | None = None):
         self._group_size = check_quantisation(directory, quantisation)
+        self._asked_order = asked_order(quantisation)
         super().__init__(directory, tensors)
 
     def _parts(self, module: str, shape: Shape) -> Mapping[str, Part]:

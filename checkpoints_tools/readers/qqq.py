@@ -13,12 +13,16 @@ import numpy as np
 
 from checkpoints_tools.readers import layouts
 from checkpoints_tools.readers.base import Shape
+from checkpoints_tools.readers.gptq import asked_order
 from checkpoints_tools.readers.quantised import Part, QuantisedReader, check_bits, check_divisible
+from checkpoints_tools.readers.settings import HOW_IT_WAS_MADE, check_entries, check_overrides
 from checkpoints_tools.readers.tensor_files import TensorFiles
 from specmq_jax.errors import UserError
 from specmq_jax.formats import ChannelInt4, TwoLevelInt4
 
 _GROUP_SIZES = (-1, 128)
+_KINDS = {"quant_method": str, "method": str, "bits": int, "wbits": int, "group_size": int, "sym": bool, "desc_act": bool,
+          "static_groups": bool, "meta": dict, "checkpoint_format": str, "format": str, "pack_dtype": str, "dynamic": dict}
 _UNFUSED = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 
@@ -34,11 +38,22 @@ class QqqReader(QuantisedReader):
     _main = "B"
 
     def __init__(self, directory: pathlib.Path, quantisation: Mapping[str, Any], tensors: TensorFiles | None = None):
-        check_bits(directory, quantisation.get("bits") or quantisation.get("wbits"))
-        self._group_size = quantisation.get("group_size", -1)
+        check_entries(f"{directory} has a quantization_config that", quantisation, honoured=_KINDS, ignored=HOW_IT_WAS_MADE)
+        for bits in {quantisation.get("bits"), quantisation.get("wbits")} - {None} or {None}:
+            check_bits(directory, bits)
+        if quantisation.get("sym") is False:
+            raise UserError(f"{directory} is quantised with sym = false; QQQ's layout has symmetric weights")
+        check_overrides(directory, "dynamic", quantisation.get("dynamic"), quantisation)
+        self._group_size = -1 if quantisation.get("group_size") is None else quantisation["group_size"]
         if self._group_size not in _GROUP_SIZES:
             raise UserError(f"{directory} has QQQ group_size {self._group_size!r}; supported are "
                             f"{', '.join(map(str, _GROUP_SIZES))}")
+        if asked_order(quantisation) and self._group_size != -1:
+            raise UserError(f"{directory} is quantised with {asked_order(quantisation)}, and QQQ's layout does not say "
+                            "what group each row is in; quantise with desc_act = false or static_groups = true")
+        for key, expected in (("pack_dtype", "int32"), ("checkpoint_format", "qqq"), ("format", "qqq")):
+            if quantisation.get(key) not in (None, expected):
+                raise UserError(f"{directory} has {key} {quantisation[key]!r}; only {expected!r} is read")
         self._type = "int4 for int8, " + ("per channel" if self._group_size == -1 else f"g{self._group_size}")
         super().__init__(directory, tensors)
 

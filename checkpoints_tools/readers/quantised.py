@@ -91,10 +91,12 @@ class GroupedReader(QuantisedReader):
     Attributes:
       _group_size: rows that share a scale, -1 for all.
       _order_part: the tensor i32[K] that gives each row's group.
+      _asked_order: what config.json says where rows are out of order, so that each module has that tensor.
     """
 
     _group_size: int
     _order_part: str
+    _asked_order: str | None = None
 
     @property
     def _type(self) -> str:
@@ -111,6 +113,14 @@ class GroupedReader(QuantisedReader):
     def _groups(self, rows: int) -> int:
         return 1 if self._group_size == -1 else -(-rows // self._group_size)
 
+    def _check(self, module: str, shape: Shape) -> Stored:
+        stored, name = super()._check(module, shape), f"{module}.{self._order_part}"
+        several = is_quantised(module) and self._groups(shape[0]) > 1
+        if self._asked_order and several and name not in self._tensors.headers:
+            raise UserError(f"{self.location} is quantised with {self._asked_order} and lacks the tensor {name}, which says "
+                            "what group each row is in")
+        return stored
+
     def _optional_parts(self, module: str, shape: Shape) -> Mapping[str, Part]:
         return {self._order_part: ((shape[0],), ("I32", "I64"))}
 
@@ -126,9 +136,10 @@ class GroupedReader(QuantisedReader):
 
     def _find_order(self, module: str) -> Int32[np.ndarray, "K"] | None:
         name = f"{module}.{self._order_part}"
-        if name not in self._tensors.headers or self._group_size == -1:
+        if name not in self._tensors.headers:
             return None
-        return row_order(name, self._tensors.read(name), self._group_size)
+        groups = self._tensors.read(name)
+        return row_order(name, groups, len(groups) if self._group_size == -1 else self._group_size)
 
     @property
     def _act_order(self) -> bool:
@@ -187,7 +198,8 @@ def check_bits(directory: pathlib.Path, bits: Any) -> None:
 
 
 def check_group_size(directory: pathlib.Path, group_size: Any) -> int:
-    """The group size, if W4A16 knows it."""
+    """The group size, if W4A16 knows it; None stands for -1."""
+    group_size = -1 if group_size is None else group_size
     known = sorted(f.group_size for f in map(formats.get, formats.names()) if isinstance(f, Int4GroupFormat))
     if group_size not in known:
         raise UserError(f"{directory} has group_size {group_size!r}; supported are {', '.join(map(str, known))}")
