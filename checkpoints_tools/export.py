@@ -22,7 +22,7 @@ from checkpoints_tools.staging import staged
 from specmq_jax import errors, formats
 from specmq_jax.checkpoint import check_destination, write_json
 from specmq_jax.errors import UserError
-from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical, peak
+from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical, Quantised, dense_values, peak
 from specmq_jax.parameters import Formats, parameter_shapes
 
 SHARD_BYTES = 1 << 30
@@ -87,6 +87,8 @@ def _write_weights(reader: Reader, writer: ShardWriter, layout: _Layout, dense: 
         for path, shape in shapes.items():
             logical = reader.read(path)
             act_order |= isinstance(logical, GroupedInt4) and _in_another_order(logical)
+            if path == "lm_head/w" and isinstance(logical, Quantised) and not _has_gptq_head(reader):
+                logical = dense_values(logical)
             for name, tensor in layout.tensors(path, logical, _modules(reader, path, shape), dense):
                 writer.add(name, tensor)
             progress.advance(task)
@@ -116,7 +118,7 @@ def _plain_tensors(path: str, logical: Logical, modules: Mapping[str, Shape], de
 
 def _gptq_tensors(path: str, logical: Logical, modules: Mapping[str, Shape], dense: DenseFormat
                   ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `_plain_tensors`, but for the layers' linear weights, of which integers, scales and order stay as they are."""
+    """As `_plain_tensors`, but for 4-bit weights, of which integers, scales and order stay as they are."""
     if not isinstance(logical, GroupedInt4):
         yield from _plain_tensors(path, logical, modules, dense)
         return
@@ -152,7 +154,7 @@ def _check_gptq(reader: Reader) -> None:
                         "checkpoints_tools.quantize SRC DST --precision=w4a16")
     for path, shape in parameter_shapes(reader.llama).items():
         for module, part in _modules(reader, path, shape).items():
-            if is_quantised(module):
+            if is_quantised(module) or module == "lm_head" and _has_gptq_head(reader):
                 check_divisible(module, part, 8, 8)
 
 
@@ -162,7 +164,14 @@ def _in_another_order(logical: GroupedInt4) -> bool:
 
 def _describe_gptq(reader: Reader, act_order: bool) -> dict[str, Any]:
     return {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": reader.formats.linear.group_size,
-            "desc_act": act_order, "sym": True, "lm_head": False}
+            "desc_act": act_order, "sym": True, "lm_head": _has_gptq_head(reader)}
+
+
+def _has_gptq_head(reader: Reader) -> bool:
+    """Whether lm_head is quantised as the layers are; one in another way is written as its values."""
+    head, linear = reader.formats.head, reader.formats.linear
+    return (not reader.llama.tie_embeddings and isinstance(head, Int4GroupFormat) and isinstance(linear, Int4GroupFormat)
+            and head.group_size == linear.group_size)
 
 
 _LAYOUTS = {"hf": _Layout(lambda reader: None, _plain_tensors, lambda reader, act_order: {}),

@@ -37,6 +37,7 @@ def describe(reader: Reader) -> Iterator[tuple[str, str]]:
     yield "tensors", "\n".join(f"{count} x {kind}, {nbytes:,} bytes" for kind, (count, nbytes) in sorted(counts.items()))
     yield "tokenizer", reader.tokenizer or "none"
     yield "rotation", reader.rotation_file.name if reader.rotation_file else "none"
+    yield "notes", "\n".join(reader.notes) or "none"
     yield "files", f"{len(reader.files)}, {sum(file.stat().st_size for file in reader.files):,} bytes"
 
 

@@ -1,6 +1,7 @@
 """Readers of foreign checkpoints; `open_source` finds the one that fits."""
 
 import pathlib
+import sys
 
 from checkpoints_tools.readers import hub
 from checkpoints_tools.readers.base import Reader, Stored
@@ -36,7 +37,10 @@ def open_source(source: str | pathlib.Path) -> Reader:
             raise UserError(f"{source} does not exist")
         path = hub.download(str(source))
     try:
-        return _open_path(path)
+        reader = _open_path(path)
+        for note in reader.notes:
+            print(f"notice: {note}", file=sys.stderr)
+        return reader
     except PermissionError as error:
         raise UserError(f"{error.filename} can't be read: permission denied") from None
 

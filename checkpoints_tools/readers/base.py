@@ -38,6 +38,7 @@ class Reader(abc.ABC):
       files: that hold the weights.
       tokenizer: what kind there is, in words; None without one.
       rotation_file: holds the matrix by which the weights were rotated; None where nothing says that they were.
+      notes: what a user should know of how the files were read, a line each.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Reader(abc.ABC):
     files: Sequence[pathlib.Path]
     tokenizer: str | None
     rotation_file: pathlib.Path | None = None
+    notes: Sequence[str] = ()
 
     @abc.abstractmethod
     def read(self, path: str) -> Logical:

@@ -1,5 +1,6 @@
 """Hugging Face directories: config.json, safetensors, tokenizer files."""
 
+import dataclasses
 import pathlib
 import re
 import shutil
@@ -20,6 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
                    "generation_config.json")
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _GENERATED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
 
 
@@ -55,6 +57,8 @@ class HuggingFaceReader(ModuleReader):
         self.tokenizer = find_tokenizer(directory)
         self.rotation_file = find_rotation(directory)
         self._expected: set[str] = set()
+        if self.llama.tie_embeddings:
+            self._untie_other_head()
         self._locate()
         self._refuse_unknown_tensors()
         self._check_values()
@@ -63,14 +67,36 @@ class HuggingFaceReader(ModuleReader):
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         copy_tokenizer(self.location, directory)
 
+    def _untie_other_head(self) -> None:
+        """Takes an lm_head that the files hold beside a tied embedding, as transformers does where the two differ."""
+        if not self._holds("lm_head"):
+            return
+        if self._is_embedding(_HEAD):
+            self._expected.add(_HEAD)
+            return
+        self.llama = dataclasses.replace(self.llama, tie_embeddings=False)
+        self.config["tie_word_embeddings"] = False
+        self.notes = (f"{self.location} says that the embedding table serves as lm_head (tie_word_embeddings), and holds an "
+                      "lm_head of its own that differs from it; that one is used, as transformers does",)
+
+    def _is_embedding(self, name: str) -> bool:
+        tensors = self._tensors
+        if not {name, _EMBEDDING} <= tensors.headers.keys():
+            return False
+        (one, other), types = (tensors.headers[key] for key in (name, _EMBEDDING)), set(_PRECISIONS)
+        return (one.type in types and other.type in types and one.shape == other.shape
+                and np.array_equal(tensors.read(name), tensors.read(_EMBEDDING)))
+
     def _check_values(self) -> None:
         """What can't be told from the headers."""
 
     def _find_formats(self) -> Formats:
         embed = dense_precision([self.stored["model.embed_tokens"].type])
-        head = self.stored.get("lm_head")
         return Formats.named({"linear": self._linear_format(), "embed": embed,
-                              "head": dense_precision([head.type]) if head else embed})
+                              "head": self._head_format() if "lm_head" in self.stored else embed})
+
+    def _head_format(self) -> str:
+        return dense_precision([self.stored["lm_head"].type])
 
     def _linear_format(self) -> str:
         return dense_precision(stored.type for module, stored in self.stored.items() if module.endswith("_proj"))
@@ -90,7 +116,7 @@ class HuggingFaceReader(ModuleReader):
 
     def _refuse_unknown_tensors(self) -> None:
         for name in sorted(self._tensors.headers.keys() - self._expected):
-            if name == "lm_head.weight" or _GENERATED.search(name):
+            if _GENERATED.search(name):
                 continue
             raise UserError(f"{self.location} holds the tensor {shown(name)}, which a Llama model of "
                             f"{self.llama.num_layers} layers does not use")

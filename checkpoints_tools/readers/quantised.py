@@ -48,16 +48,26 @@ class QuantisedReader(HuggingFaceReader):
         return ()
 
     def _holds(self, module: str) -> bool:
-        return f"{module}.{self._main}" in self._tensors.headers
+        return self._has_main(module) or not is_quantised(module) and super()._holds(module)
 
     @property
     def _quantised(self) -> Iterable[str]:
-        return filter(is_quantised, self.stored)
+        return filter(self._is_quantised, self.stored)
+
+    def _is_quantised(self, module: str) -> bool:
+        """Every linear weight of a layer is, lm_head may be."""
+        return is_quantised(module) or module == "lm_head" and self._has_main(module)
+
+    def _has_main(self, module: str) -> bool:
+        return f"{module}.{self._main}" in self._tensors.headers
+
+    def _head_format(self) -> str:
+        return self._linear_format() if self._is_quantised("lm_head") else super()._head_format()
 
     def _check(self, module: str, shape: Shape) -> Stored:
-        if not is_quantised(module):
+        if not self._is_quantised(module):
             return super()._check(module, shape)
-        if not self._holds(module) and f"{module}.weight" in self._tensors.headers:
+        if not self._has_main(module) and f"{module}.weight" in self._tensors.headers:
             raise UserError(f"{self.location} holds {module} as plain values, not as {self._type}; models of mixed precisions "
                             "are not read")
         headers = []
@@ -79,7 +89,7 @@ class QuantisedReader(HuggingFaceReader):
                 raise UserError(f"{module}.bias is not zero; linear layers with a bias are not supported")
 
     def _read_module(self, module: str) -> Logical:
-        return self._read_integers(module) if is_quantised(module) else super()._read_module(module)
+        return self._read_integers(module) if self._is_quantised(module) else super()._read_module(module)
 
 
 class GroupedReader(QuantisedReader):
@@ -115,7 +125,7 @@ class GroupedReader(QuantisedReader):
 
     def _check(self, module: str, shape: Shape) -> Stored:
         stored, name = super()._check(module, shape), f"{module}.{self._order_part}"
-        several = is_quantised(module) and self._groups(shape[0]) > 1
+        several = self._is_quantised(module) and self._groups(shape[0]) > 1
         if self._asked_order and several and name not in self._tensors.headers:
             raise UserError(f"{self.location} is quantised with {self._asked_order} and lacks the tensor {name}, which says "
                             "what group each row is in")
@@ -141,18 +151,25 @@ class GroupedReader(QuantisedReader):
         groups = self._tensors.read(name)
         return row_order(name, groups, len(groups) if self._group_size == -1 else self._group_size)
 
-    @property
-    def _act_order(self) -> bool:
-        return any(order is not None for order in self._orders.values())
+    def _has_order(self, module: str) -> bool:
+        """Whether the weights that share a format with this module's have an order."""
+        is_head = module == "lm_head"
+        return any(order is not None for other, order in self._orders.items() if (other == "lm_head") == is_head)
 
     def _linear_format(self) -> str:
-        return f"w4a16-g{self._group_size}" + ("-act-order" if self._act_order else "")
+        return self._group_format("")
+
+    def _head_format(self) -> str:
+        return self._group_format("lm_head") if self._is_quantised("lm_head") else super()._head_format()
+
+    def _group_format(self, module: str) -> str:
+        return f"w4a16-g{self._group_size}" + ("-act-order" if self._has_order(module) else "")
 
     def _read_integers(self, module: str) -> GroupedInt4:
         q, scales, order = self._codes(module), halves(self._scales(module)), self._orders[module]
         if order is not None:
             q = q[order]
-        elif self._act_order:
+        elif self._has_order(module):
             order = np.arange(len(q), dtype=np.int32)
         return GroupedInt4(q, scales, self._group_size, order)
 
