@@ -21,11 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from checkpoints_tools.arrays import contiguous
 from checkpoints_tools.readers import Reader, open_source
+from checkpoints_tools.readers.base import sha256
 from specmq_jax import errors, formats
 from specmq_jax.checkpoint import CheckpointWriter, cached_checkpoints, check_destination, is_native
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, Logical, Quantised, Weight, WeightFormat
 from specmq_jax.parameters import Formats, parameter_shapes
+
+_SMALL_BYTES = 32 << 20
+"""Of a file whose contents are looked at; tokenizers have up to 20 MB."""
 
 
 def convert(source: str | pathlib.Path, destination: str | pathlib.Path, precision: str | None = None,
@@ -68,7 +72,7 @@ def check_head(reader: Reader, head: WeightFormat | None) -> None:
 def prepare(source: str | pathlib.Path) -> pathlib.Path:
     """The native checkpoint of `source`, converted into the cache directory on first use.
 
-    The name there follows from the source's path and its files' sizes and times, so a changed source is converted again.
+    The name there follows from the source's `fingerprint`, so a changed source is converted again.
     """
     if is_native(source):
         return pathlib.Path(source)
@@ -81,12 +85,16 @@ def prepare(source: str | pathlib.Path) -> pathlib.Path:
 
 
 def fingerprint(reader: Reader) -> str:
-    """Tells a source from others, and from itself once it has changed: by its path and its files' sizes and times."""
+    """Tells a source from others, and from itself once any file that is read or copied has changed, come or gone.
+
+    It follows from the path, the files' names, sizes and times, and the contents of small files, which an editor may leave as
+    long as they were within a tick of the clock.
+    """
     key = hashlib.sha256(str(reader.location.resolve()).encode())
-    configs = (reader.location / name for name in ("config.json", "quantize_config.json"))
-    for file in (*reader.files, *configs):
-        if file.exists():
-            key.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    for file in sorted(reader.inputs):
+        found = file.stat()
+        digest = sha256(file) if found.st_size <= _SMALL_BYTES else ""
+        key.update(f"\n{file} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {digest}".encode())
     return key.hexdigest()
 
 

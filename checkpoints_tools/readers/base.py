@@ -52,6 +52,11 @@ class Reader(abc.ABC):
     rotation_file: pathlib.Path | None = None
     notes: Sequence[str] = ()
 
+    @property
+    def inputs(self) -> Sequence[pathlib.Path]:
+        """Every file that is read or copied."""
+        return self.files
+
     @abc.abstractmethod
     def read(self, path: str) -> Logical:
         """The logical weight at a path of `parameter_shapes`."""

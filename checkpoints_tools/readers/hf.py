@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from specmq_jax.parameters import Formats
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
                    "generation_config.json")
+_CONFIGS = ("config.json", "quantize_config.json")
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _GENERATED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
@@ -63,6 +64,12 @@ class HuggingFaceReader(ModuleReader):
         self._refuse_unknown_tensors()
         self._check_values()
         self.formats = self._find_formats()
+
+    @property
+    def inputs(self) -> Sequence[pathlib.Path]:
+        others = (*_CONFIGS, *TOKENIZER_FILES, *ROTATION_FILES)
+        found = [*self.location.glob("*.index.json"), *(self.location / name for name in others)]
+        return [*self.files, *(file for file in found if file.is_file())]
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         copy_tokenizer(self.location, directory)

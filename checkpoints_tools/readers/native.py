@@ -2,14 +2,15 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from checkpoints_tools.readers.base import Reader, Stored
-from checkpoints_tools.readers.hf import copy_tokenizer, find_rotation, find_tokenizer
-from specmq_jax.checkpoint import CheckpointReader
+from checkpoints_tools.readers.hf import TOKENIZER_FILES, copy_tokenizer, find_rotation, find_tokenizer
+from checkpoints_tools.readers.weight_files import ROTATION_FILES
+from specmq_jax.checkpoint import METADATA_FILE, CheckpointReader
 from specmq_jax.config import read_json
 from specmq_jax.formats import Dense, Int4Group, Logical
 
@@ -41,6 +42,11 @@ class NativeReader(Reader):
             q, scales, order = jax.device_get((logical.q, logical.scales, logical.order))
             return dataclasses.replace(logical, q=q, scales=scales, order=order)
         return self.formats.of(path).unpack(weight, shape)
+
+    @property
+    def inputs(self) -> Sequence[pathlib.Path]:
+        names = ("config.json", METADATA_FILE, *TOKENIZER_FILES, *ROTATION_FILES)
+        return [*self.files, *(file for file in (self.location / name for name in names) if file.is_file())]
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         copy_tokenizer(self.location, directory)
