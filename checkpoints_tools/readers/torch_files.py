@@ -61,7 +61,8 @@ def _load(file: pathlib.Path, *, alone: bool = False) -> dict[str, Any]:
 def _is_plain(key: Any, value: Any) -> bool:
     import torch
 
-    return isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+    return (isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_quantized)
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -99,7 +99,7 @@ def _only(directory: pathlib.Path) -> WeightFiles:
 
 
 def _without_rotation(files: Iterable[pathlib.Path]) -> tuple[pathlib.Path, ...]:
-    return tuple(sorted(file for file in files if file.name not in ROTATION_FILES))
+    return tuple(sorted(file for file in files if file.is_file() and file.name not in ROTATION_FILES))
 
 
 def _opened(path: pathlib.Path) -> WeightFiles:
