@@ -7,18 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
 from specmq_jax.eagle import EagleConfig, EagleHead
 from specmq_jax.errors import UserError
-from specmq_jax.formats import DenseFormat, Int4GroupFormat, Weight, WeightFormat
+from specmq_jax.formats import Range, Weight, WeightFormat, largest
 from specmq_jax.head_file import Tensors
 from specmq_jax.model import Model
-
-_COARSE = 2.0**-17
-"""Below it f16 is off by 2^-8 of a number and more."""
 
 
 def head_parameters(directory: pathlib.Path, tensors: Tensors, module: EagleHead, target: Model) -> dict[str, Any]:
@@ -75,15 +71,13 @@ class _Packer:
 
     def __init__(self, directory: pathlib.Path, tensors: Tensors):
         self._directory, self._tensors = directory, tensors
-        self._peaks: list[tuple[tuple[str, ...], jnp.dtype, float, Array]] = []
+        self._peaks: list[tuple[tuple[str, ...], Range, Array]] = []
 
     def weight(self, *names: str, form: WeightFormat) -> dict[str, Weight]:
         """A linear layer's weight of one tensor, or of several that are joined by their outputs."""
-        halves = isinstance(form, DenseFormat | Int4GroupFormat)
-        codes = 1 if isinstance(form, DenseFormat) else 8
         # joined on the host: on the device the parts would lie beside the whole
         weight, peak = _packed(self._joined(names), form)
-        self._peaks.append((names, form.dtype if halves else jnp.dtype(jnp.float32), codes * _COARSE, peak))
+        self._peaks.append((names, form.range, peak))
         return {"w": weight}
 
     def scale(self, name: str) -> dict[str, Float[Array, "D"]]:
@@ -92,30 +86,28 @@ class _Packer:
     def plain(self, name: str, dtype: Any) -> Float[Array, "..."]:
         """A tensor in that dtype."""
         values, peak = _cast(self._joined((name,)), jnp.dtype(dtype))
-        self._peaks.append(((name,), jnp.dtype(dtype), _COARSE, peak))
+        self._peaks.append(((name,), Range.of(jnp.dtype(dtype)), peak))
         return values
 
     def check(self) -> None:
-        """What was packed is finite and within its dtype's range, else a `UserError`."""
+        """What was packed is finite and within its format's range, else a `UserError`."""
         found = jax.device_get([peak for *_, peak in self._peaks])
-        for (names, dtype, least, _), peak in zip(self._peaks, found, strict=True):
-            most = _most(dtype)
-            coarse = dtype == jnp.float16 and 0 < peak < least
-            if coarse or not peak <= most:
-                self._blame(names, dtype, most)
+        for (names, bounds, _), peak in zip(self._peaks, found, strict=True):
+            if 0 < peak < bounds.least or not peak <= bounds.most:
+                self._blame(names, bounds)
 
-    def _blame(self, names: tuple[str, ...], dtype: jnp.dtype, most: float) -> None:
-        wider = "" if dtype == jnp.float32 else f"; choose another precision for the head than one of {dtype}"
+    def _blame(self, names: tuple[str, ...], bounds: Range) -> None:
+        wider = "" if bounds.dtype == "float32" else f"; choose another precision for the head than one of {bounds.dtype}"
         for name in names:
             values = np.abs(self._tensors[name].astype(np.float64))
             if not np.isfinite(values).all():
                 raise UserError(f"{self._directory}: tensor {name} holds values that are not finite")
-            if values.max() > most:
+            if values.max() > bounds.most:
                 raise UserError(f"{self._directory}: tensor {name} holds values up to {values.max():.3g}, beyond the range of "
-                                f"{dtype}{wider}")
+                                f"{bounds.dtype}{wider}")
         largest = max(np.abs(self._tensors[name].astype(np.float64)).max() for name in names)
         raise UserError(f"{self._directory}: tensor {names[0]} holds values of at most {largest:.3g}, below the range of "
-                        f"{dtype}{wider}")
+                        f"{bounds.dtype}{wider}")
 
     def _joined(self, names: tuple[str, ...]) -> Float[np.ndarray, "..."]:
         """In the file's dtype; in f32 where that is f64 or differs."""
@@ -126,23 +118,11 @@ class _Packer:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _most(dtype: jnp.dtype) -> float:
-    """What is not above it is not rounded to infinity."""
-    info = ml_dtypes.finfo(dtype)
-    return float(info.max) * (1 + float(info.eps) / 4)
-
-
-def _peak(values: Float[Array, "..."]) -> Float[Array, ""]:
-    """The largest magnitude, NaN where a value is not finite."""
-    found = jnp.max(jnp.abs(values)).astype(jnp.float32)
-    return jnp.where(jnp.isfinite(values).all(), found, jnp.nan)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _packed(rows: Float[Array, "N K"], form: WeightFormat) -> tuple[Weight, Float[Array, ""]]:
-    return form.pack(rows.T), _peak(rows)
+    return form.pack(rows.T), largest(rows)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(values: Float[Array, "..."], dtype: jnp.dtype) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    return values.astype(dtype), _peak(values)
+    return values.astype(dtype), largest(values)

@@ -167,3 +167,8 @@ def test_any_index(examples, targets, tmp_path):
     check()
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")}))
     assert sm.load_head(tmp_path, targets[2][0]).config.version == 2
+
+
+@lengths
+def test_any_entries_of_a_llama_in_config_json(examples, targets, tmp_path):
+    fuzz_entries(examples, LLAMA_ENTRIES, targets, tmp_path)
