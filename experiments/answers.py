@@ -33,6 +33,7 @@ class Answer:
       accept_lengths: of all rounds of all turns.
       draft_accept_lengths: of the rounds inside a hierarchical drafter; empty for others and in files of other programs.
       cut: why turns are missing, None where none is.
+      decoding_steps: rounds of each turn; empty in files of other programs.
       model_id: what answered; empty in files of programs that don't say.
     """
 
@@ -47,11 +48,12 @@ class Answer:
     accept_lengths: tuple[int, ...]
     draft_accept_lengths: tuple[int, ...]
     cut: str | None
+    decoding_steps: tuple[int, ...] = ()
     model_id: str = ""
 
     @property
-    def speed(self) -> float:
-        """Tokens a second."""
+    def speed(self) -> float | None:
+        """Tokens/s, as `metrics.speed` has it."""
         return metrics.speed(self.new_tokens, self.wall_time)
 
 
@@ -78,7 +80,7 @@ def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str
         "wall_time": [g.seconds for g in made],
         "accept_lengths": [int(length) for g in made for length in g.accept_lengths],
         "draft_accept_lengths": [int(length) for g in made for length in g.draft_accept_lengths],
-        "generate_speed": [count / g.seconds for count, g in zip(new_tokens, made, strict=True)],
+        "generate_speed": [metrics.speed([count], [g.seconds]) for count, g in zip(new_tokens, made, strict=True)],
         "prefill_time": [g.prefill_seconds for g in made],
         "draft_prefill_time": [g.draft_prefill_seconds for g in made],
         "cut": cut,
@@ -239,11 +241,13 @@ def _parse(line: str, place: str) -> Answer:
             wall_time=tuple(choice["wall_time"]), prefill_time=tuple(choice.get("prefill_time", ())),
             accept_lengths=tuple(choice["accept_lengths"]),
             draft_accept_lengths=tuple(choice.get("draft_accept_lengths", ())), cut=choice.get("cut"),
-            model_id=str(found.get("model_id", "")))
+            decoding_steps=tuple(choice.get("decoding_steps", ())), model_id=str(found.get("model_id", "")))
     except KeyError as error:
         raise UserError(f"{place}: no answer of this format, {error.args[0]!r} is missing") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{place}: no answer of this format ({error})") from None
-    if not answer.new_tokens or len(answer.new_tokens) != len(answer.wall_time) or not sum(answer.wall_time) > 0:
-        raise UserError(f"{place}: new_tokens and wall_time need one entry a turn, and time must have passed")
+    if not answer.new_tokens or len(answer.new_tokens) != len(answer.wall_time) or not (
+            sum(answer.wall_time) > 0 or max(answer.new_tokens) <= 1):
+        raise UserError(f"{place}: new_tokens and wall_time need one entry a turn, and time must have passed where a turn has "
+                        "more than one token")
     return answer

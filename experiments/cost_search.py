@@ -27,6 +27,7 @@ class Prediction:
       accept_length: tau, tokens a round.
       seconds: of a round.
       speedup: over plain decoding.
+      spread: seconds of a round of the fastest and of the slowest runs of its parts; None where they are not known.
       inner_accept_length: tokens that a round of a hierarchy's small model drafts; None for other methods.
     """
 
@@ -34,10 +35,12 @@ class Prediction:
     accept_length: float
     seconds: float
     speedup: float
+    spread: tuple[float, float] | None = None
     inner_accept_length: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
+        """Behind an answer's first token, which comes with the prefill."""
         return self.accept_length / self.seconds
 
 
@@ -51,6 +54,7 @@ class Costs:
       draft: a proposal, by its depth; of a hierarchy, that of its small model's head.
       rest: what else a round takes.
       small_verify, small_rest: the small model's T_v and the rest of its rounds; None for methods without a hierarchy.
+      plain_spread: of a round of plain decoding, the fastest and the slowest run; None where they are not known.
     """
 
     plain: float
@@ -59,6 +63,14 @@ class Costs:
     rest: float = 0.0
     small_verify: Curve | None = None
     small_rest: float = 0.0
+    plain_spread: tuple[float, float] | None = None
+
+    @property
+    def extremes(self) -> tuple["Costs", "Costs"]:
+        """Of the fastest runs, and of the slowest."""
+        verify, draft, small = self.verify, self.draft, self.small_verify
+        return (dataclasses.replace(self, verify=verify.fastest, draft=draft.fastest, small_verify=small and small.fastest),
+                dataclasses.replace(self, verify=verify.slowest, draft=draft.slowest, small_verify=small and small.slowest))
 
     def tree_round(self, depth: int, size: int) -> float:
         """A round with an EAGLE tree, or with a chain of depth + 1 nodes."""
@@ -77,22 +89,28 @@ class Costs:
 
 def plain(costs: Costs) -> Prediction:
     """Plain decoding."""
-    return Prediction(choice=Choice(method="baseline"), accept_length=1.0, seconds=costs.plain, speedup=1.0)
+    return Prediction(choice=Choice(method="baseline"), accept_length=1.0, seconds=costs.plain, speedup=1.0,
+                      spread=costs.plain_spread)
 
 
 def chains(costs: Costs, agreements: Sequence[Int32[np.ndarray, "R"]], lengths: Sequence[int]) -> Iterator[Prediction]:
     """Of chains of the lengths given, from each answer's `acceptance.agreement`."""
+    extremes = costs.extremes
     for length in lengths:
         count = _count(agreements, lambda runs, length=length: np.minimum(runs, length) + 1)
-        yield _prediction(Choice(method="spec", draft_length=length), count, costs.tree_round(length, length + 1), costs)
+        spread = tuple(side.tree_round(length, length + 1) for side in extremes)
+        seconds = costs.tree_round(length, length + 1)
+        yield _prediction(Choice(method="spec", draft_length=length), count, seconds, costs, spread)
 
 
 def trees(method: str, costs: Costs, answers: Sequence[Ranks], top_k: int, sizes: Sequence[int], depths: Sequence[int]
           ) -> Iterator[Prediction]:
     """Of EAGLE trees of every depth and size that has candidates enough."""
+    extremes = costs.extremes
     for tree in _shapes(top_k, sizes, depths):
         count = _count(answers, lambda ranks, tree=tree: tree_lengths(ranks, tree.depth, tree.size))
-        yield _prediction(Choice(method=method, tree=tree), count, costs.tree_round(tree.depth, tree.size), costs)
+        spread = tuple(side.tree_round(tree.depth, tree.size) for side in extremes)
+        yield _prediction(Choice(method=method, tree=tree), count, costs.tree_round(tree.depth, tree.size), costs, spread)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,14 +136,17 @@ class SmallRanks:
 def hierarchies(costs: Costs, answers: Sequence[SmallRanks], top_k: int, sizes: Sequence[int], depths: Sequence[int],
                 min_draft_lengths: Sequence[int], *, always_ahead: bool = False) -> Iterator[Prediction]:
     """Of the hierarchy with inner trees of every depth and size and every least draft."""
+    extremes = costs.extremes
     for tree in _shapes(top_k, sizes, depths):
         shaped = [answer.shaped(tree) for answer in answers]
         for length in min_draft_lengths:
             count = sum((answer.count(length, always_ahead=always_ahead) for answer in shaped), Count())
             if count.rounds:
                 inner, ahead = count.inner_rounds / count.rounds, count.ahead / count.rounds
-                seconds = costs.hierarchical_round(tree.depth, tree.size, length, inner, ahead)
-                made = _prediction(Choice(method="hier", tree=tree, min_draft_length=length), count, seconds, costs)
+                seconds, *spread = (side.hierarchical_round(tree.depth, tree.size, length, inner, ahead)
+                                    for side in (costs, *extremes))
+                made = _prediction(Choice(method="hier", tree=tree, min_draft_length=length), count, seconds, costs,
+                                   tuple(spread))
                 yield dataclasses.replace(made, inner_accept_length=count.drafted / max(count.inner_rounds, 1))
 
 
@@ -141,6 +162,7 @@ def _count(answers: Sequence[np.ndarray], lengths: Callable[[np.ndarray], Int32[
     return sum((Count(tokens=len(answer), rounds=count_rounds(lengths(answer))) for answer in answers), Count())
 
 
-def _prediction(choice: Choice, count: Count, seconds: float, costs: Costs) -> Prediction:
-    return Prediction(choice=choice, accept_length=count.accept_length, seconds=seconds,
+def _prediction(choice: Choice, count: Count, seconds: float, costs: Costs, spread: tuple[float, ...]) -> Prediction:
+    fastest, slowest = spread
+    return Prediction(choice=choice, accept_length=count.accept_length, seconds=seconds, spread=(fastest, slowest),
                       speedup=costs.plain * count.accept_length / seconds)

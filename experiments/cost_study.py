@@ -12,11 +12,9 @@ from experiments.acceptance import agreement, text_ranks
 from experiments.cost_search import Costs, Prediction, SmallRanks
 from experiments.methods import Choice, Workbench
 from experiments.observation import Forced, Watch, Watched, greedy_choices
-from experiments.step_costs import Curve, Ladder, Say, Stopwatch, Whole, eagle_drafters
+from experiments.step_costs import BUSY, Curve, Ladder, Say, Stopwatch, Whole, eagle_drafters
 from specmq_jax.errors import UserError
-
-_BUSY = 0.1
-"""Share by which a round's parts may exceed the round before times are doubted."""
+from specmq_jax.words import count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +68,11 @@ class Findings:
         """The fastest setting, of one method or of all."""
         return max((p for p in self.predictions if method in (None, p.choice.method)), key=lambda p: p.speedup)
 
+    def tokens_per_second(self, prediction: Prediction) -> float:
+        """As `specmq_jax.metrics.speed` counts: with each answer's first token, in answers as long as those seen."""
+        behind = self.tokens - self.answers
+        return prediction.tokens_per_second * (self.tokens / behind if behind else 1.0)
+
     @property
     def methods(self) -> tuple[str, ...]:
         """Of the predictions."""
@@ -92,8 +95,8 @@ class Study:
                             "at least 2")
         longest = max(map(len, prompts))
         if longest + max_new_tokens > bench.max_length:
-            raise UserError(f"the cost model answers prompts of up to {longest} tokens with {max_new_tokens}, and the cache "
-                            f"holds {bench.max_length}; raise --max_length or lower --max_new_tokens")
+            raise UserError(f"the cost model answers prompts of up to {count(longest, 'token')} with {max_new_tokens}, and the "
+                            f"cache holds {bench.max_length}; raise --max_length or lower --max_new_tokens")
         self._bench, self._bounds, self._prompts, self._say = bench, bounds, prompts, say
         self._places = max_new_tokens - 1
         self._answers: list[Watched] = []
@@ -112,7 +115,8 @@ class Study:
             self._answers = self._watched(self._bench.target, None)
         watch = self._stopwatch(self._bench.target)
         verify = {self._bench.precision: watch.verify(self._bench.precision, self._bounds.ladder.depths[-1])}
-        costs = Costs(plain=watch.rounds("baseline", None).seconds, verify=verify[self._bench.precision],
+        plain = watch.rounds("baseline", None).span
+        costs = Costs(plain=plain.median, plain_spread=(plain.fastest, plain.slowest), verify=verify[self._bench.precision],
                       draft=Curve(at=(0,), seconds=(0.0,)))
         found = [cost_search.plain(costs)]
         for method, drafter in eagle.items():
@@ -156,7 +160,7 @@ class Study:
         return dataclasses.replace(drafter, tree=tree)
 
     def _eagle_ranks(self, method: str, drafter: sm.EagleDrafter) -> list[cost_search.Ranks]:
-        self._say(f"{method}: watching its head along {len(self._prompts)} answers")
+        self._say(f"{method}: watching its head along {count(len(self._prompts), 'answer')}")
         answers = self._watched(self._bench.target, self._deepest(drafter))
         self._answers = self._answers or answers
         return [text_ranks(answer.seen, answer.tokens) for answer in answers if len(answer.tokens) > 1]
@@ -180,7 +184,7 @@ class Study:
 
     def _rest(self, name: str, whole: Whole, parts: float) -> float:
         """What a round takes beside its parts."""
-        if parts > (1 + _BUSY) * whole.seconds:
+        if parts > (1 + BUSY) * whole.seconds:
             self._say(f"{name}: drafting and verification took {1e3 * parts:.2f} ms apart and {1e3 * whole.seconds:.2f} ms in "
                       "a round; something else keeps the device busy, and the predictions will be off")
         return max(0.0, whole.seconds - parts)
@@ -210,7 +214,7 @@ class Study:
 
     def _small_ranks(self, drafter: sm.HierarchicalDrafter) -> list[SmallRanks]:
         """The small model's head along the target's answers, and along the small model's own text wherever that leaves them."""
-        self._say(f"hier: watching the small model's head along {len(self._answers)} answers")
+        self._say(f"hier: watching the small model's head along {count(len(self._answers), 'answer')}")
         model, inner = drafter.model, self._deepest(drafter.inner)
         along = Watch(model, dataclasses.replace(self._timing, sampling=Forced()), inner, self._places)
         ahead = self._bounds.min_draft_length + self._bounds.ladder.depths[-1]

@@ -1,6 +1,7 @@
 """Runs methods over questions on one loaded target, and resumes where a killed run stopped."""
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,13 @@ from experiments.flags import Settings
 from experiments.progress import Reporter, progress
 from experiments.questions import Question
 from experiments.scoring import Score
+from experiments.step_costs import rounds_ahead
 from specmq_jax import metrics
 from specmq_jax import tokenizer as tokens
 from specmq_jax.errors import UserError
 from specmq_jax.memory import Plan
 from specmq_jax.sampling import Greedy
+from specmq_jax.words import count
 
 Measured = Mapping[str, Any]
 
@@ -119,13 +122,12 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
     for method, file in files.items():
         if file.found:
             hint = " (--noresume measures again)" if file.measured else ", going on behind them"
-            _say(console, f"{method}: {len(file.found)} of {len(asked)} answers found in {file.path}{hint}")
+            _say(console, f"{method}: {len(file.found)} of {count(len(asked), 'answer')} found in {file.path}{hint}")
     if not all(file.measured for file in files.values()) or _differing(settings, files):
         needed = [method for method, file in files.items() if not file.measured] or ["baseline"]
         memory = plan(settings, needed)
         _say(console, memory.describe())
         memory.check()
-        bandwidth = metrics.device_bandwidth()
         bench = load(settings)
         desk = _Desk(bench=bench, benchmark=settings.benchmark)
         _check_first_turns(asked, desk)
@@ -133,7 +135,7 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
         decoders = {method: bench.decoder(method) for method in needed}
         for method, decoder in decoders.items():
             if not files[method].measured:
-                _run_method(settings, method, decoder, asked, files[method], desk, bandwidth, console, show)
+                _run_method(settings, method, decoder, asked, files[method], desk, console, show)
             for file in _differing(settings, files):
                 found = comparison.measure(file.found, files["baseline"].found, asked, desk.encode, decoder.next_logits)
                 file.finish({**file.measured, "differences": found})
@@ -154,7 +156,8 @@ def _differing(settings: Settings, files: Mapping[str, AnswerFile]) -> list[Answ
 
 
 def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
-                desk: _Desk, bandwidth: float, console: Console, show: Show) -> None:
+                desk: _Desk, console: Console, show: Show) -> None:
+    resumed = bool(file.found)
     waiting = [question for question in asked if question.id not in file.answered]
     with show(console, method, total=len(asked), done=len(file.found)) as reporter:
         reporter.doing("compiling")
@@ -168,6 +171,8 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
             if cut:
                 reporter.note(f"question {question.id} ends early: {cut}")
         reporter.doing("timing the phases of a round")
+        # how fast the device was while a former run answered is not known
+        bandwidth = None if resumed else metrics.device_bandwidth()
         file.finish(_measure(decoder, desk, asked, file.found, bandwidth))
         reporter.doing("done")
 
@@ -179,7 +184,7 @@ def _converse(decoder: sm.Decoder, desk: _Desk, question: Question, max_new_toke
     for _ in question.turns:
         prompt = desk.encode(question.messages([turn.text for turn in turns]))
         if turns and len(prompt) >= desk.max_length:
-            return turns, (f"turn {len(turns) + 1} has a prompt of {len(prompt)} tokens, the cache holds "
+            return turns, (f"turn {len(turns) + 1} has a prompt of {count(len(prompt), 'token')}, the cache holds "
                            f"{desk.max_length}")
         turns.append(desk.answer(decoder, prompt, max_new_tokens))
     return turns, None
@@ -209,19 +214,33 @@ def _warm_up(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], max_ne
             decoder.generate((prompt * length)[:min(length, room)], max_new_tokens=2)
 
 
-def _measure(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float
+def _measure(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float | None
              ) -> dict[str, Any]:
-    """What a report needs beside the answers: seconds of the phases, bytes, the device and the versions."""
+    """What a report needs beside the answers: seconds of the phases, bytes of a round, the device and the versions."""
     prompt = _first_prompt(asked[0], desk)[:desk.max_length // 2]
     phases = decoder.phase_times(prompt)
     live_length = round(statistics.fmean(length + new / 2 for answer in found
                                          for length, new in zip(answer.prompt_tokens, answer.new_tokens, strict=True)))
+    inner = inner_work(found, decoder.drafter) if any(answer.draft_accept_lengths for answer in found) else {}
     return {
         "device": metrics.device_name(), "device_bandwidth": bandwidth, "jax": jax.__version__,
         "precision": desk.precision, "max_length": desk.max_length, "phase_prompt_tokens": len(prompt),
         "prefill": phases.prefill, "draft": phases.draft, "verify": phases.verify, "round": phases.round,
-        "live_length": live_length, "bytes_per_round": int(decoder.bytes_per_round(live_length)),
+        "live_length": live_length, **inner, "bytes_per_round": int(decoder.bytes_per_round(live_length, **inner)),
     }
+
+
+def inner_work(found: Sequence[Answer], drafter: sm.HierarchicalDrafter) -> dict[str, float]:
+    """What the small model of a hierarchy did in a round of the target, on average over the answers: its "inner_rounds", and
+    its passes that go a token "ahead"."""
+    rounds = inner = ahead = 0
+    for answer in found:
+        lengths, accepted = iter(answer.draft_accept_lengths), iter(answer.accept_lengths)
+        for steps in answer.decoding_steps:  # of a turn, which begins with the small model level with the target
+            ahead += rounds_ahead(list(itertools.islice(accepted, steps)), lengths, drafter.min_draft_length,
+                                  always_ahead=drafter.draft_model_start)
+        rounds, inner = rounds + len(answer.accept_lengths), inner + len(answer.draft_accept_lengths)
+    return {"inner_rounds": inner / rounds, "ahead": ahead / rounds}
 
 
 def identity(settings: Settings, method: str, asked: Sequence[Question]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int32
 
 import specmq_jax as sm
-from experiments import traffic
 from experiments.random_models import Drafting
+from experiments.step_costs import rounds_ahead
 from experiments.timed_loops import Loop, Timing, repeated_draft, repeated_pass, repeated_verify, some_tree, time_loop
+from specmq_jax import traffic
 from specmq_jax.cache import KVCache
 from specmq_jax.compilation import enable_persistent_cache
 from specmq_jax.memory import check_room
@@ -81,6 +82,8 @@ class Measure:
       peak: bytes of device memory, the most since the process began; None where the device doesn't tell.
       accept_length: tokens that a round committed; None where none were.
       inner_rounds: of the small model in a hierarchical draft; None for other methods.
+      bandwidth: bytes a second of the floor: as given, or those of a copy right behind the runs; None where there was no room
+        for one.
     """
 
     part: str
@@ -96,6 +99,12 @@ class Measure:
     peak: int | None
     accept_length: float | None = None
     inner_rounds: float | None = None
+    bandwidth: float | None = None
+
+    @property
+    def floor(self) -> float | None:
+        """Seconds that its bytes take at the bandwidth."""
+        return self.moved / self.bandwidth if self.bandwidth else None
 
     @property
     def median(self) -> float:
@@ -192,7 +201,7 @@ class _Bench:
             timing, end = self._whole_rounds(decoder, state)
             inner = _inner_rounds(drafter, end.drafter, timing.steps)
             yield self._figure("step", f"{method} step", timing, **about, rows=drafter.tree_size, inner_rounds=inner,
-                               moved=traffic.round_bytes(self._target, drafter, context, inner or 0),
+                               moved=traffic.round_bytes(self._target, drafter, context, inner or 0, _ahead(drafter, end)),
                                accept_length=_accept_length(end))
 
     def _inner(self, method: str, drafter: sm.HierarchicalDrafter) -> Iterator[Measure]:
@@ -248,8 +257,18 @@ def _inner_rounds(drafter: sm.Drafter, end: Any, rounds: int) -> float | None:
     return int(end.rounds) / rounds if isinstance(drafter, sm.HierarchicalDrafter) else None
 
 
-def _accept_length(end: sm.DecodeState) -> float:
-    return float(np.asarray(end.accept_lengths)[:int(end.rounds)].mean())
+def _ahead(drafter: sm.Drafter, end: sm.DecodeState) -> float:
+    """Passes a round of a hierarchy's small model that go a token ahead."""
+    rounds = int(end.rounds)
+    if not isinstance(drafter, sm.HierarchicalDrafter) or not rounds:
+        return 0.0
+    return rounds_ahead(np.asarray(end.accept_lengths)[:rounds].tolist(), drafter.accept_lengths(end.drafter).tolist(),
+                        drafter.min_draft_length, always_ahead=drafter.draft_model_start) / rounds
+
+
+def _accept_length(end: sm.DecodeState) -> float | None:
+    rounds = int(end.rounds)
+    return float(np.asarray(end.accept_lengths)[:rounds].mean()) if rounds else None
 
 
 def _held(decoder: sm.Decoder) -> int:

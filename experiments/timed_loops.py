@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,16 +36,19 @@ class Timing:
     """Times of a loop's runs.
 
     Attributes:
-      seconds: a step's, in each run.
+      seconds: a step's, in each run. Where the machine's noise hides what a run of more steps takes longer than one of a
+        single step, a run's time over its steps: an upper bound, with the call in it.
       steps: of a run.
       first_call: seconds of the first call, of one step, which compiles.
       call: seconds that a later call takes besides its steps; None where it could not be told from them.
+      is_bound: the seconds are such upper bounds.
     """
 
     seconds: tuple[float, ...]
     steps: int
     first_call: float
     call: float | None = None
+    is_bound: bool = False
 
 
 def time_loop(loop: Loop, params: Any, carry: Any, *, runs: int, most: int = _MOST_STEPS) -> tuple[Timing, Any, Any]:
@@ -84,12 +87,20 @@ def time_loop(loop: Loop, params: Any, carry: Any, *, runs: int, most: int = _MO
             short.append(taken)
         carry, taken = run(carry, steps)
         long.append(taken)
+    return _timing(short, long, steps, first_call), carry, _rewound(carry, kept)
+
+
+def _timing(short: Sequence[float], long: Sequence[float], steps: int, first_call: float) -> Timing:
+    """Of the times of runs of one step, of which there are none where the others have no more, and of `steps`."""
     if not short:
-        return Timing(seconds=tuple(long), steps=1, first_call=first_call), carry, _rewound(carry, kept)
+        return Timing(seconds=tuple(long), steps=1, first_call=first_call)
     one = statistics.median(short)
     seconds = tuple((taken - one) / (steps - 1) for taken in long)
-    timing = Timing(seconds=seconds, steps=steps, first_call=first_call, call=one - statistics.median(seconds))
-    return timing, carry, _rewound(carry, kept)
+    if min(seconds) <= 0:
+        bounds = tuple(taken / steps for taken in long)
+        return Timing(seconds=bounds, steps=steps, first_call=first_call, is_bound=True)
+    call = one - statistics.median(seconds)
+    return Timing(seconds=seconds, steps=steps, first_call=first_call, call=call if call >= 0 else None)
 
 
 def repeated_pass(module: Llama) -> Loop:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from specmq_jax import traffic
 from specmq_jax.cache import KVCache
 from specmq_jax.compilation import compiler_options, enable_persistent_cache
 from specmq_jax.config import DecodeConfig
@@ -268,12 +269,16 @@ class Decoder:
         self._check_prompt(prompt, fault, np.isfinite(logits).all())
         return logits
 
-    def bytes_per_round(self, live_length: int) -> int:
-        """Bytes one round must read: each weight the target and the drafter use, once a pass, and the target's live
-        cache rows."""
-        cache = jax.eval_shape(lambda: self.target.new_cache(1))
-        row = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
-        return self.target.weight_bytes + self.drafter.round_bytes + live_length * row
+    def bytes_per_round(self, live_length: int, *, inner_rounds: float = 1.0, ahead: float = 0.0) -> int:
+        """Bytes one round must read: each weight once for every pass of the target, the draft model or the head that uses it,
+        and with each pass the live rows of its cache. Rows written, tables of tokens and activations are not counted.
+
+        Args:
+          live_length: tokens in the caches.
+          inner_rounds: rounds of a hierarchical drafter's small model in a round; others have none.
+          ahead: its passes in a round that go a token ahead.
+        """
+        return round(traffic.round_bytes(self.target, self.drafter, live_length, inner_rounds, ahead))
 
     def phase_times(self, prompt_ids: Sequence[int], *, repeats: int = 3) -> PhaseTimes:
         """Measures the parts of a round behind this prompt, apart from `generate`: medians of `repeats` runs.

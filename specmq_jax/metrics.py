@@ -3,27 +3,53 @@
 The definitions are those of SpecMQuant's evaluation (https://github.com/AI9Stars/SpecMQuant, `evaluation/`).
 """
 
-import functools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int64
 
+from specmq_jax.memory import room
 
-def speed(new_tokens: Sequence[int], seconds: Sequence[float]) -> float:
-    """Tokens a second of one question: its turns' tokens over its turns' decoding time."""
-    return sum(new_tokens) / sum(seconds)
+_COPIES, _LEAST_COPY = 16, 256 * 2**20
 
 
-def speedup(speeds: Sequence[float], base: Sequence[float]) -> float:
-    """Mean of the questions' speeds over that of the baseline's: a ratio of means, not a mean of ratios."""
-    return statistics.fmean(speeds) / statistics.fmean(base)
+def speed(new_tokens: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """Tokens/s of one question: all new tokens of its turns over the seconds of their decode loops.
+
+    A turn's first token counts, though it comes with the prefill, whose time does not.
+
+    Args:
+      new_tokens: of each turn.
+      seconds: of each turn's decode loop.
+
+    Returns:
+      The speed; None where no turn has a second token or no time has passed, as nothing was decoded then.
+    """
+    total = sum(seconds)
+    return sum(new_tokens) / total if total > 0 and max(new_tokens) > 1 else None
+
+
+def mean_speed(speeds: Iterable[float | None]) -> float | None:
+    """Tokens/s of a run: the mean of its questions' speeds; None where no question has one."""
+    found = [value for value in speeds if value is not None]
+    return statistics.fmean(found) if found else None
+
+
+def speedup(speeds: Sequence[float | None], base: Sequence[float | None]) -> float | None:
+    """Mean of the questions' speeds over that of the baseline's: a ratio of means, not a mean of ratios. None where one of the
+    two has no speed."""
+    return ratio(mean_speed(speeds), mean_speed(base))
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    """A speed over another; None where there is no such ratio."""
+    return value / base if value is not None and base else None
 
 
 def mean_accept_length(accept_lengths: Sequence[int]) -> float:
@@ -55,20 +81,37 @@ def device_name() -> str:
     return device.device_kind
 
 
-@functools.cache
-def device_bandwidth() -> float:
-    """Bytes a second that the default device moves in a copy far larger than its caches, read and written; measured once."""
-    size = 256 * 2**20 if jax.default_backend() == "cpu" else 1024 * 2**20
+def device_bandwidth() -> float | None:
+    """Bytes a second that the default device moves at this moment in a copy far larger than its caches, read and written; None
+    where it has no room for one.
+
+    A machine that others share is not as fast at every moment: measure it beside what it is compared with.
+    """
+    found = room()
+    size = _LEAST_COPY if jax.default_backend() == "cpu" else 4 * _LEAST_COPY
+    if found is not None:
+        size = min(size, found.free // 4)
+    if size < _LEAST_COPY:
+        return None
+    try:
+        return _copy_speed(size)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def _copy_speed(size: int) -> float:
     # enough repeats inside one call for dispatch and the first copy, into the loop's own buffer, to weigh little
-    values, repeats = jnp.ones(size // 4, jnp.float32), 32
+    values = jnp.ones(size // 4, jnp.float32)
 
     def seconds() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(_copy(values, repeats))
+        jax.block_until_ready(_copy(values, _COPIES))
         return time.perf_counter() - start
 
     seconds()
-    return 2 * size * repeats / min(seconds() for _ in range(3))
+    return 2 * size * _COPIES / min(seconds() for _ in range(3))
 
 
 @jax.jit

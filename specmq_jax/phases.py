@@ -13,22 +13,26 @@ from jaxtyping import Array
 from specmq_jax.compilation import compiler_options
 from specmq_jax.errors import UserError
 from specmq_jax.tree import DraftTree
+from specmq_jax.words import count
 
 if TYPE_CHECKING:
     from specmq_jax.decode import Decoder, DecodeState, Params
 
-_MOST_ROUNDS = 8
+_ROUNDS, _TRIES = 8, 3
 _Loop = Callable[["Params", "DecodeState", Array], "DecodeState"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseTimes:
-    """Median seconds of a prefill (drafter's included) and of one round and its parts, measured inside jitted loops."""
+    """Median seconds of a prefill (drafter's included) and of one round and its parts, measured inside jitted loops.
+
+    A drafter that proposes nothing takes 0. None is not measured: the time could not be told from the machine's noise.
+    """
 
     prefill: float
-    draft: float
-    verify: float
-    round: float
+    draft: float | None
+    verify: float | None
+    round: float | None
 
 
 def measure_phases(decoder: "Decoder", prompt_ids: Sequence[int], repeats: int) -> PhaseTimes:
@@ -36,30 +40,52 @@ def measure_phases(decoder: "Decoder", prompt_ids: Sequence[int], repeats: int) 
     model's thousand arrays takes milliseconds that are no round's."""
     room = (decoder.config.max_len - len(prompt_ids)) // decoder.drafter.tree_size
     if room < 1:
-        raise UserError(f"a prompt of {len(prompt_ids)} tokens leaves no room in a cache of {decoder.config.max_len}")
-    rounds = min(_MOST_ROUNDS, room)
+        raise UserError(f"a prompt of {count(len(prompt_ids), 'token')} leaves no room in a cache of {decoder.config.max_len}")
 
     def fresh() -> "DecodeState":
         state = decoder.prefill(prompt_ids)
         endless = state.replace(done=jnp.asarray(False), stop_tokens=-jnp.ones_like(state.stop_tokens))
         return jax.block_until_ready(jax.device_put(endless, state.tokens.sharding))
 
-    def taken(loop: _Loop, count: int) -> float:
-        state = fresh()
-        times = jax.device_put(jnp.int32(count), state.tokens.sharding)
-        start = time.perf_counter()
-        jax.block_until_ready(loop(decoder.params, state, times))
-        return time.perf_counter() - start
+    def each(loop: _Loop) -> float | None:
+        def taken(rounds: int) -> float:
+            state = fresh()
+            times = jax.device_put(jnp.int32(rounds), state.tokens.sharding)
+            start = time.perf_counter()
+            jax.block_until_ready(loop(decoder.params, state, times))
+            return time.perf_counter() - start
 
-    def median(loop: _Loop) -> float:
-        taken(loop, 1)  # compiles
-        one, several = (statistics.median(taken(loop, count) for _ in range(repeats)) for count in (1, rounds))
-        return (several - one) / (rounds - 1) if rounds > 1 else one
+        taken(1)  # compiles
+        return seconds_each(taken, room, repeats)
 
     fresh()
     prefill = statistics.median(sum(decoder.timed_prefill(prompt_ids)[1:]) for _ in range(repeats))
-    draft = median(_drafts(decoder)) if decoder.drafter.max_depth else 0.0
-    return PhaseTimes(prefill=prefill, draft=draft, verify=median(_verifications(decoder)), round=median(decoder.loop))
+    draft = each(_drafts(decoder)) if decoder.drafter.max_depth else 0.0
+    return PhaseTimes(prefill=prefill, draft=draft, verify=each(_verifications(decoder)), round=each(decoder.loop))
+
+
+def seconds_each(taken: Callable[[int], float], most: int, repeats: int) -> float | None:
+    """Seconds of one of the equal steps that a call makes.
+
+    Args:
+      taken: seconds of a call that makes so many steps.
+      most: steps that a call can make at most; where it is 1, a step is a call.
+      repeats: calls of each kind, of which the medians count.
+
+    Returns:
+      The difference of calls of several steps and of one, by step. None where a call of several steps took no longer than one
+      of a single step, with more and more steps: noise would be told as a time.
+    """
+    steps = min(_ROUNDS, most)
+    for _ in range(_TRIES):
+        pairs = [(taken(1), taken(steps)) for _ in range(repeats)]
+        one, several = (statistics.median(times) for times in zip(*pairs, strict=True))
+        if steps == 1:
+            return one
+        if one < min(times[1] for times in pairs):
+            return (several - one) / (steps - 1)
+        steps = min(2 * steps, most)
+    return None
 
 
 def _drafts(decoder: "Decoder") -> _Loop:

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import decode_bench, random_models, step_times, timed_loops, traffic
+from experiments import decode_bench, random_models, step_times, timed_loops
 from experiments.methods import NAMES
+from specmq_jax import traffic
 from specmq_jax.cache import KVCache
 from specmq_jax.errors import UserError
 
@@ -101,16 +102,26 @@ def target():
 def test_bytes_of_a_round_are_the_weights_of_its_passes_and_the_live_rows(target, method):
     drafter = DRAFTING.drafter(method, target)
     decoder = sm.Decoder(target, drafter, sm.DecodeConfig(max_len=64))
-    weights = traffic.round_bytes(target, drafter, 0, inner_rounds=1)
-    # the library counts fc of an EAGLE-3 head at every level, where it works on the target's states alone
-    fc = 3 * 64 * 64 * 4 * (TREE.depth - 1) if method == "eagle3" else 0
-    if method == "hier":  # and no pass that advances the inner head
-        weights -= traffic.round_bytes(target, drafter.inner, 0) - traffic.draft_bytes(drafter.inner, 0) - target.weight_bytes
-    assert weights == decoder.bytes_per_round(0) - fc
+    weights = drafter.round_bytes + target.weight_bytes
+    # fc of an EAGLE-3 head works on the target's states alone, at one level
+    weights -= 3 * 64 * 64 * 4 * (TREE.depth - 1) if method == "eagle3" else 0
+    if method == "hier":  # and a pass that advances the inner head behind the target's verification
+        weights += traffic.round_bytes(target, drafter.inner, 0) - traffic.draft_bytes(drafter.inner, 0) - target.weight_bytes
+    assert decoder.bytes_per_round(0) == traffic.round_bytes(target, drafter, 0, 1) == weights
     row = 2 * 2 * 16 * 4  # keys and values of two heads of 16 in f32, in a layer
     passes = {"baseline": 0, "spec": DRAFTING.length, "eagle2": TREE.depth, "eagle3": TREE.depth, "hier": 1 + TREE.depth + 1}
-    live = traffic.round_bytes(target, drafter, 10, 1) - traffic.round_bytes(target, drafter, 0, 1)
+    live = decoder.bytes_per_round(10) - decoder.bytes_per_round(0)
     assert live == 10 * row * (TINY.num_layers + passes[method])
+
+
+def test_a_hierarchys_bytes_count_every_round_and_every_pass_of_its_small_model(target):
+    drafter = DRAFTING.drafter("hier", target)
+    decoder, small = sm.Decoder(target, drafter, sm.DecodeConfig(max_len=64)), drafter.model
+    inner = sm.Decoder(small, drafter.inner, sm.DecodeConfig(max_len=64)).bytes_per_round(10)
+    one = decoder.bytes_per_round(10)
+    assert decoder.bytes_per_round(10, inner_rounds=3) == one + 2 * inner
+    ahead = small.weight_bytes + 10 * 2 * 2 * 16 * 4 * small.config.num_layers
+    assert decoder.bytes_per_round(10, inner_rounds=3, ahead=1) == one + 2 * inner + ahead
 
 
 @pytest.mark.parametrize("method", ["eagle2", "hier"])
