@@ -17,6 +17,7 @@ from rich.console import Console
 import specmq_jax as sm
 from experiments import cost_model, methods, questions, runner
 from experiments.benchmark import MT_BENCH
+from experiments.cells import number
 from experiments.flags import Settings
 from experiments.methods import Choice
 from specmq_jax import metrics
@@ -54,7 +55,8 @@ def choose(settings: Settings, console: Console | None = None) -> Choice:
             say(f"measuring {', '.join(asked.methods)} once for this device, kept in {path}")
             choice = _measure(asked, say)
         _keep(path, {"about": about, "choice": dataclasses.asdict(choice)})
-    say(cost_model.describe(choice))
+    predicted = "" if choice.predicted is None else f", predicted to make {number(choice.predicted, 1)} tokens/s"
+    say(f"{cost_model.describe(choice)}{predicted}")
     return choice
 
 
@@ -85,7 +87,9 @@ def _possible(settings: Settings, say: cost_model.Say) -> tuple[str, ...]:
 def _measure(settings: Settings, say: cost_model.Say) -> Choice:
     bench = runner.load(settings)
     try:
-        return cost_model.study(settings, bench, cost_model.bounds(), say).best().choice
+        findings = cost_model.study(settings, bench, cost_model.bounds(), say)
+        best = findings.best()
+        return dataclasses.replace(best.choice, predicted=findings.tokens_per_second(best))
     finally:
         del bench
         jax.clear_caches()  # jitted functions hold on to their decoders, and these to the weights

@@ -2,14 +2,14 @@
 
 Measures T_t, T_d and T_v(n), sees in one run what drafts the target accepts, and computes the time a token takes,
 T_avg = (d T_d + T_v(n)) / tau(n, d), for every depth and size of trees, for every chain and for the hierarchy. The method
-`auto` of the other experiments takes what is best.
+`auto` of the other experiments takes what is best. Every time is that of several runs: the median is reckoned with, the fastest
+and the slowest are told. T_v(n) and T_d never fall: what was measured to is set to the nearest curve that doesn't.
 
 Acceptance is seen on the first turns of the questions. --tree_top_k holds for all trees. Of --tree_depth, --tree_size,
 --draft_length and --min_draft_length, whole rounds are timed, and the others' times follow from theirs.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,15 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 import specmq_jax as sm
-from experiments import cost_plots, flags, methods, runner
+from experiments import cost_plots, flags, methods, runner, tables
 from experiments.answers import check_directory
+from experiments.cells import NO_VALUE, change, milliseconds, number, times
+from experiments.cost_search import Prediction
 from experiments.cost_study import Bounds, Findings, Study
 from experiments.flags import Settings
 from experiments.methods import Choice, Workbench
-from experiments.report import NO_VALUE, stdout
 from experiments.step_costs import Ladder, Say
 from specmq_jax import errors, formats, metrics
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 _USED = ("model", "method", "methods", "drafter", "precision", "draft_precision", "draft_length", "eagle", "tree_depth",
          "tree_top_k", "tree_size", "vocabulary", "vocabulary_size", "min_draft_length", "draft_model_start", "question_file",
@@ -71,8 +73,8 @@ def study(settings: Settings, bench: Workbench, limits: Bounds, say: Say, precis
     return Study(bench, limits, prompts, settings.max_new_tokens, say).run(wanted, precisions)
 
 
-def measured(settings: Settings, bench: Workbench, choices: Sequence[Choice]) -> dict[str, float]:
-    """Tokens a second that each method's setting really makes on the first turns, by method.
+def measured(settings: Settings, bench: Workbench, choices: Sequence[Choice]) -> dict[str, float | None]:
+    """Tokens/s that each method's setting really makes on the first turns, by method; as `specmq_jax.metrics` defines them.
 
     The settings take turns at each question, so that a device that grows slower or faster does so for all.
     """
@@ -82,13 +84,12 @@ def measured(settings: Settings, bench: Workbench, choices: Sequence[Choice]) ->
     for decoder in decoders.values():
         for prompt in prompts:
             decoder.generate(prompt, 2)  # compiles
-    tokens, seconds = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0.0)
+    speeds: dict[str, list[float | None]] = {method: [] for method in decoders}
     for prompt in prompts:
         for method, decoder in decoders.items():
             generation = decoder.generate(prompt, settings.max_new_tokens)
-            tokens[method] += len(generation.tokens) - 1  # the first comes with the prompt
-            seconds[method] += generation.seconds
-    return {method: tokens[method] / seconds[method] for method in decoders}
+            speeds[method].append(metrics.speed([len(generation.tokens)], [generation.seconds]))
+    return {method: metrics.mean_speed(found) for method, found in speeds.items()}
 
 
 def describe(choice: Choice) -> str:
@@ -105,42 +106,58 @@ def describe(choice: Choice) -> str:
     return f"--method={choice.method} {trees}"
 
 
-def table(findings: Findings, real: Mapping[str, float]) -> Table:
+def table(findings: Findings, real: Mapping[str, float | None]) -> Table:
     """Each method's best setting; `real` holds measured tokens/s by method, where they were measured."""
-    result = Table()
-    names = ["", "tokens/s", "speedup", "tau", "inner tau", "round, ms"]
-    if real:
-        names += ["measured", "off by", "speedup", "off by"]
-    for name in names:
-        result.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for method in findings.methods:
-        best = findings.best(method)
-        row = [method, f"{best.tokens_per_second:.1f}", f"{best.speedup:.2f}x", f"{best.accept_length:.2f}",
-               f"{best.inner_accept_length:.2f}" if best.inner_accept_length else NO_VALUE, f"{1e3 * best.seconds:.2f}"]
-        if real:
-            speedup = real[method] / real["baseline"]
-            row += [f"{real[method]:.1f}", f"{best.tokens_per_second / real[method] - 1:+.1%}", f"{speedup:.2f}x",
-                    f"{best.speedup / speedup - 1:+.1%}"]
-        result.add_row(*row)
-    return result
+    return tables.table(_columns(findings, real), [findings.best(method) for method in findings.methods], texts=1)
 
 
-def summary(settings: Settings, bench: Workbench, findings: Findings, real: Mapping[str, float]) -> dict[str, Any]:
+def _columns(findings: Findings, real: Mapping[str, float | None]) -> tables.Cells:
+    def off(prediction: Prediction) -> float | None:
+        ratio = metrics.ratio(findings.tokens_per_second(prediction), real.get(prediction.choice.method))
+        return None if ratio is None else ratio - 1
+
+    def real_speedup(prediction: Prediction) -> float | None:
+        return metrics.ratio(real.get(prediction.choice.method), real.get("baseline"))
+
+    def speedup_off(prediction: Prediction) -> float | None:
+        ratio = metrics.ratio(prediction.speedup, real_speedup(prediction))
+        return None if ratio is None else ratio - 1
+
+    return {
+        "": lambda best: best.choice.method,
+        "tokens/s": lambda best: number(findings.tokens_per_second(best), 1),
+        "speedup": lambda best: times(best.speedup),
+        "tau": lambda best: number(best.accept_length, 2),
+        "inner\ntau": lambda best: number(best.inner_accept_length, 2),
+        "round\nms": lambda best: milliseconds(best.seconds),
+        "fastest to\nslowest run": lambda best: " to ".join(map(milliseconds, best.spread)) if best.spread else NO_VALUE,
+        "measured\ntokens/s": lambda best: number(real.get(best.choice.method), 1),
+        "off by": lambda best: change(off(best)),
+        "measured\nspeedup": lambda best: times(real_speedup(best)),
+        "off\nby": lambda best: change(speedup_off(best)),
+    }
+
+
+def summary(settings: Settings, bench: Workbench, findings: Findings, real: Mapping[str, float | None]) -> dict[str, Any]:
     """Everything that was found, as JSON values: seconds, tokens a round, tokens/s."""
     return {
         "device": metrics.device_name(), "jax": jax.__version__, "model": settings.models.target_name,
-        "precision": bench.precision, "answers": findings.answers, "tokens": findings.tokens,
+        "precision": bench.precision, "benchmark": settings.benchmark.name,
+        "answers": findings.answers, "tokens": findings.tokens,
         "sampling": repr(settings.sampling), "top_k": settings.models.tree.top_k,
         "verify": {name: dict(zip(map(str, curve.at), curve.seconds, strict=True)) for name, curve in findings.verify.items()},
+        "verify_spread": {name: {str(at): [span.fastest, span.slowest] for at, span in zip(curve.at, curve.spans, strict=True)}
+                          for name, curve in findings.verify.items() if curve.spans},
         "best": dataclasses.asdict(findings.best().choice), "measured_tokens_per_second": dict(real),
-        "predictions": [{**dataclasses.asdict(p), "tokens_per_second": p.tokens_per_second} for p in findings.predictions]}
+        "predictions": [
+            {**dataclasses.asdict(p), "tokens_per_second": findings.tokens_per_second(p)} for p in findings.predictions]}
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, predicts and prints."""
     flags.no_arguments(argv)
     flags.refuse_others(_USED, "the cost model writes no answers")
-    given, console, progress = absl_flags.FLAGS, stdout(), Console(stderr=True)
+    given, console, progress = absl_flags.FLAGS, tables.stdout(), Console(stderr=True)
     settings = flags.settings("cost_model")
     if methods.AUTO in settings.methods:
         raise UserError("the cost model is what chooses for method auto; leave it out of --methods")
@@ -157,24 +174,23 @@ def main(argv: Sequence[str]) -> None:
     memory.check()
     bench = runner.load(settings)
     findings = study(settings, bench, limits, say, precisions)
-    real: dict[str, float] = {}
+    real: dict[str, float | None] = {}
     if given.check:
         say("running each method's best setting")
         real = measured(settings, bench, [findings.best(method).choice for method in findings.methods])
     found = summary(settings, bench, findings, real)
     _write(settings.output_dir, found, findings)
-    console.print(f"{found['device']} | {found['model']} at {found['precision']} | {found['answers']} answers, "
-                  f"{found['tokens']} tokens", highlight=False, markup=False, soft_wrap=True)
-    console.print(table(findings, real))
+    console.print(f"{found['device']} | {found['model']} at {found['precision']} | {count(found['answers'], 'answer')}, "
+                  f"{count(found['tokens'], 'token')}", highlight=False, markup=False, soft_wrap=True)
+    tables.show(_columns(findings, real), [findings.best(method) for method in findings.methods], console, texts=1)
     console.print(f"Fastest: {describe(findings.best().choice)}\nWrote {settings.output_dir / 'cost_model.json'}, "
                   f"{settings.output_dir / 'cost_model.png'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(directory: pathlib.Path, found: Mapping[str, Any], findings: Findings) -> None:
-    partial = directory / "cost_model.json.part"
-    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    partial.replace(directory / "cost_model.json")
-    cost_plots.plot(findings, f"{found['model']} on {found['device']}", directory / "cost_model.png")
+    tables.write(directory / "cost_model.json", tables.json_text(found))
+    cost_plots.plot(findings, f"{found['model']} on {found['device']}\n{found['benchmark']}, "
+                    f"{count(found['answers'], 'answer')}", directory / "cost_model.png")
 
 
 def declare_flags() -> None:

@@ -5,21 +5,26 @@ import pathlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.colors import colors
 from experiments.cost_study import Findings
-from experiments.plots import COLORS
+from experiments.plots import save
 
 
 def plot(findings: Findings, title: str, path: pathlib.Path) -> None:
     """Draws T_v(n)/T_v(1) by precision and the predicted speedup by the draft's nodes, as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     verify, speedups = figure.subplots(1, 2)
-    for i, (name, curve) in enumerate(findings.verify.items()):
-        ratios = [seconds / curve.seconds[0] for seconds in curve.seconds]
-        verify.plot(curve.at, ratios, marker="o", markersize=3.5, color=COLORS[i % len(COLORS)], label=name)
+    palette = colors(findings.verify)
+    for name, curve in findings.verify.items():
+        one = curve.seconds[0]
+        verify.plot(curve.at, [seconds / one for seconds in curve.seconds], marker="o", markersize=3.5, color=palette[name],
+                    label=name)
+        verify.fill_between(curve.at, [seconds / one for seconds in curve.fastest.seconds],
+                            [seconds / one for seconds in curve.slowest.seconds], color=palette[name], alpha=0.15, linewidth=0)
     verify.set_xlabel("n, tokens verified at once")
     verify.set_ylabel("T_v(n) / T_v(1)")
     verify.set_ylim(bottom=0)
-    verify.set_title("Cost of a verification", fontsize=10)
+    verify.set_title("Cost of a verification; shaded: fastest to slowest run", fontsize=10)
     _speedups(speedups, findings)
     for panel in (verify, speedups):
         panel.spines[["top", "right"]].set_visible(False)
@@ -28,7 +33,7 @@ def plot(findings: Findings, title: str, path: pathlib.Path) -> None:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def best_by_nodes(findings: Findings, method: str) -> dict[int, float]:
@@ -43,12 +48,13 @@ def best_by_nodes(findings: Findings, method: str) -> dict[int, float]:
 
 
 def _speedups(panel: Axes, findings: Findings) -> None:
-    for i, method in enumerate(findings.methods):
+    palette = colors(findings.methods)
+    for method in findings.methods:
         if method == "baseline":
-            panel.axhline(1.0, color=COLORS[0], linestyle="--", linewidth=1, label="baseline")
+            panel.axhline(1.0, color=palette[method], linestyle="--", linewidth=1, label="baseline")
         else:
             curve = best_by_nodes(findings, method)
-            panel.plot(list(curve), list(curve.values()), marker="o", markersize=3.5, color=COLORS[i % len(COLORS)],
+            panel.plot(list(curve), list(curve.values()), marker="o", markersize=3.5, color=palette[method],
                        label=method)
     panel.set_xlabel("nodes of the draft (hier: of the inner tree)")
     panel.set_ylabel("predicted speedup, best depth")

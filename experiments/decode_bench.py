@@ -2,8 +2,8 @@
 
 T_v(n), the target's pass over n rows of a draft tree (T_v(1) is plain decoding's T_t), then each method's drafting,
 verification and whole rounds, and prefill. Whole rounds run as users run them, inside the jitted loop. Times are medians over
-runs; what starting a loop takes is told apart, as that of a call. The floor of a time is what its bytes, each counted once a
-pass, take at the device's copy speed.
+runs; what starting a loop takes is told apart, as that of a call, and where it can't be, the time is an upper bound, "<=". The
+floor of a time is what its bytes, each counted once a pass, take at the speed of a large copy right behind it.
 
 Some flags are those of the other experiments, with defaults of their own here: --methods is baseline,eagle2; --precision is
 w4a16, and takes several names, separated by commas; --draft_precision is w4a16; trees are the papers' 6/10/60 and
@@ -11,7 +11,6 @@ w4a16, and takes several names, separated by commas; --draft_precision is w4a16;
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import platform
@@ -22,15 +21,15 @@ import jax
 import jaxlib
 from absl import flags as absl_flags
 from rich.console import Console
-from rich.table import Table
 
-from experiments import flags, methods, step_times
+from experiments import flags, methods, step_times, tables
+from experiments.cells import NO_VALUE, milliseconds, number, part
 from experiments.random_models import SHAPES, Drafting, shape, small_shape
-from experiments.report import NO_VALUE, stdout
 from experiments.step_times import PARTS, PREFILL_RUNS, Measure, Settings
 from specmq_jax import errors, formats, metrics
 from specmq_jax.config import TreeConfig
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 _SHARED = ("precision", "methods", "draft_precision", "draft_length", "min_draft_length", "draft_model_start", "tree_depth",
            "tree_top_k", "tree_size", "reproducible")
@@ -55,26 +54,27 @@ def run(settings: Settings, about: Mapping[str, Any], *, bandwidth: float | None
     Args:
       settings: what to measure.
       about: more to be said in the JSON.
-      bandwidth: bytes a second of the floor; by default those of a large copy.
+      bandwidth: bytes a second of the floor; by default those of a large copy, measured again behind every figure.
       file: JSON, written again behind every figure.
       console, progress: where tables and progress go; by default stdout and stderr.
 
     Raises:
       UserError: as in `step_times.measure`.
     """
-    console, progress = console or stdout(), progress or Console(stderr=True)
-    about = {"device": metrics.device_name(), "bandwidth": bandwidth or metrics.device_bandwidth(),
+    console, progress = console or tables.stdout(), progress or Console(stderr=True)
+    about = {"device": metrics.device_name(), "bandwidth": bandwidth,
              "bandwidth_source": "given" if bandwidth else "copy", "jax": jax.__version__, "jaxlib": jaxlib.__version__,
              "python": platform.python_version(), **about, "settings": dataclasses.asdict(settings)}
     measures: list[Measure] = []
     try:
         for measure in step_times.measure(settings):
+            measure = dataclasses.replace(measure, bandwidth=bandwidth or metrics.device_bandwidth())
             measures.append(measure)
             progress.print(f"{measure.precision}, {measure.name}" + (f" at {measure.context}" if measure.context else "")
-                           + f": {1e3 * measure.median:.3f} ms, first call {measure.timing.first_call:.1f} s",
+                           + f": {_median(measure)} ms, first call {measure.timing.first_call:.1f} s",
                            highlight=False, markup=False, soft_wrap=True)
             if file:
-                _write(file, about | {"measures": [_entry(measure, about["bandwidth"]) for measure in measures]})
+                _write(file, about | {"measures": [_entry(measure) for measure in measures]})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -90,10 +90,9 @@ def _print(about: Mapping[str, Any], measures: Sequence[Measure], console: Conso
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    settings, bandwidth = about["settings"], about["bandwidth"]
-    say(f"{about['device']}, {'copies' if about['bandwidth_source'] == 'copy' else 'given as'} {bandwidth / 1e9:.0f} GB/s | "
-        f"jax {about['jax']}, Python {about['python']} | medians and 10th to 90th percentiles of {settings['runs']} runs "
-        f"({PREFILL_RUNS} of a prefill)")
+    settings = about["settings"]
+    say(f"{about['device']}, {_speeds(about, measures)} | jax {about['jax']}, Python {about['python']} | medians and 10th to "
+        f"90th percentiles of {count(settings['runs'], 'run')} ({PREFILL_RUNS} of a prefill)")
     for precision in dict.fromkeys(measure.precision for measure in measures):
         mine = [measure for measure in measures if measure.precision == precision]
         peaks = [measure.peak for measure in mine if measure.peak]
@@ -102,36 +101,43 @@ def _print(about: Mapping[str, Any], measures: Sequence[Measure], console: Conso
         say(f"\n{about['shape']} at {precision}{head}: weights and caches of {held / 1e9:.1f} GB"
             + (f", at most {max(peaks) / 1e9:.1f} GB in use" if peaks else ""))
         for context in sorted({measure.context for measure in mine}):
-            console.print(table(f"behind {context} tokens" if context else "prefill",
-                                [measure for measure in mine if measure.context == context], bandwidth))
+            tables.show(_COLUMNS, [measure for measure in mine if measure.context == context], console, texts=1,
+                        title=f"behind {count(context, 'token')}" if context else "prefill")
+    if any(measure.floor and measure.floor >= 1.005 * measure.median for measure in measures):
+        say("A floor above the time: caches hold part of what is read, or reading is faster here than copying.")
 
 
-def table(title: str, measures: Sequence[Measure], bandwidth: float) -> Table:
-    """A row a figure; columns that have no value in any row are left out. `bandwidth` is in bytes a second."""
-    columns: dict[str, Callable[[Measure], str | None]] = {
-        "": lambda measure: measure.name,
-        "ms": lambda measure: f"{1e3 * measure.median:.3f}",
-        "spread": lambda measure: "{:.3f} to {:.3f}".format(*(1e3 * bound for bound in measure.spread)),
-        "tokens/s": lambda measure: f"{measure.rows / measure.median:.0f}" if measure.part == "prefill" else None,
-        "MB": lambda measure: f"{measure.moved / 1e6:.0f}",
-        "GB/s": lambda measure: f"{measure.moved / measure.median / 1e9:.0f}",
-        "floor, ms": lambda measure: f"{1e3 * measure.moved / bandwidth:.3f}",
-        "floor/time": lambda measure: f"{measure.moved / bandwidth / measure.median:.0%}",
-        "tokens a round": lambda measure: measure.accept_length and f"{measure.accept_length:.2f}",
-        "inner rounds": lambda measure: measure.inner_rounds and f"{measure.inner_rounds:.1f}",
-        "a call, ms": lambda measure: None if measure.timing.call is None else f"{1e3 * measure.timing.call:.1f}",
-        "first call, s": lambda measure: f"{measure.timing.first_call:.1f}"}
-    result = Table(title=title, title_justify="left")
-    cells = {name: [show(measure) or NO_VALUE for measure in measures] for name, show in columns.items()}
-    shown = {name: values for name, values in cells.items() if any(value != NO_VALUE for value in values)}
-    for name in shown:
-        result.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in zip(*shown.values(), strict=True):
-        result.add_row(*row)
-    return result
+def _speeds(about: Mapping[str, Any], measures: Sequence[Measure]) -> str:
+    """The bandwidth that floors were reckoned with, in words."""
+    if about["bandwidth"]:
+        return f"given as {number(about['bandwidth'] / 1e9, 0)} GB/s"
+    found = sorted(measure.bandwidth for measure in measures if measure.bandwidth)
+    if not found:
+        return "copies not measured"
+    slowest, fastest = (number(bandwidth / 1e9, 0) for bandwidth in (found[0], found[-1]))
+    return f"copies {slowest} GB/s" if slowest == fastest else f"copies {slowest} to {fastest} GB/s"
 
 
-def _entry(measure: Measure, bandwidth: float) -> dict[str, Any]:
+def _median(measure: Measure) -> str:
+    return ("<=" if measure.timing.is_bound else "") + milliseconds(measure.median, 3)
+
+
+_COLUMNS: Mapping[str, Callable[[Measure], str]] = {
+    "": lambda measure: measure.name,
+    "ms": _median,
+    "spread": lambda measure: "-".join(milliseconds(bound, 3) for bound in measure.spread),
+    "tokens/s": lambda measure: number(measure.rows / measure.median, 0) if measure.part == "prefill" else NO_VALUE,
+    "MB": lambda measure: number(measure.moved / 1e6, 0),
+    "GB/s": lambda measure: number(measure.moved / measure.median / 1e9, 0),
+    "floor\nms": lambda measure: milliseconds(measure.floor, 3),
+    "floor\n/time": lambda measure: part(measure.floor and measure.floor / measure.median),
+    "tokens\na round": lambda measure: number(measure.accept_length, 2),
+    "inner\nrounds": lambda measure: number(measure.inner_rounds, 1),
+    "a call\nms": lambda measure: milliseconds(measure.timing.call, 1),
+    "first\ncall, s": lambda measure: number(measure.timing.first_call, 1)}
+
+
+def _entry(measure: Measure) -> dict[str, Any]:
     """Times in seconds, sizes in bytes, speeds in bytes a second."""
     low, high = measure.spread
     tokens = {"tokens_per_second": measure.rows / measure.median} if measure.part == "prefill" else {}
@@ -140,7 +146,8 @@ def _entry(measure: Measure, bandwidth: float) -> dict[str, Any]:
         "method": measure.method, "context": measure.context, "rows": measure.rows,
         "median": measure.median, "p10": low, "p90": high, **tokens,
         "bytes": measure.moved, "achieved_bandwidth": measure.moved / measure.median,
-        "floor": measure.moved / bandwidth, "share_of_floor": measure.moved / bandwidth / measure.median,
+        "bandwidth": measure.bandwidth, "floor": measure.floor,
+        "share_of_floor": measure.floor and measure.floor / measure.median, "is_bound": measure.timing.is_bound,
         "accept_length": measure.accept_length, "inner_rounds": measure.inner_rounds,
         "call": measure.timing.call, "first_call": measure.timing.first_call,
         "held_bytes": measure.held, "peak_bytes": measure.peak,
@@ -148,9 +155,7 @@ def _entry(measure: Measure, bandwidth: float) -> dict[str, Any]:
 
 
 def _write(file: pathlib.Path, content: Mapping[str, Any]) -> None:
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    beside.replace(file)
+    tables.write(file, tables.json_text(content))
 
 
 def _settings() -> Settings:
@@ -222,7 +227,7 @@ def declare_flags() -> None:
     absl_flags.DEFINE_integer("inner_size", None, "Nodes of it that the small model verifies, the root counted. Default: 30, "
                               "fewer where the other two allow no more.", lower_bound=2)
     absl_flags.DEFINE_float("bandwidth", None, "Memory bandwidth of the floor, in GB/s, 1e9 bytes a second. Default: that of a "
-                            "large copy, bytes read and written.", lower_bound=1e-3)
+                            "large copy behind each figure, bytes read and written.", lower_bound=1e-3)
     absl_flags.DEFINE_string("json", None, "Also write all figures, and the times of every run, into this file, again behind "
                              "each figure: times in seconds, sizes in bytes.")
 

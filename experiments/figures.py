@@ -22,42 +22,46 @@ class Figures:
 
     Attributes:
       questions: how many.
-      tokens_per_second, base_tokens_per_second: means over questions, the run's and the base's.
-      mean_ratio: mean over questions of the run's speed over the base's.
-      interval: its bootstrap interval; None for a single question.
-      accept_length: mean over rounds, the bonus token counted.
+      tokens_per_second, base_tokens_per_second: means over questions, the run's and the base's; None where no question has a
+        speed.
+      mean_ratio: mean over questions of the run's speed over the base's; None where no question has both.
+      interval: its bootstrap interval; None for less than two questions with both.
+      accept_length: mean over rounds, the bonus token counted; None where there was no round.
       identical_share: of the turns whose prompts are the same, those whose answers are too; None where a file holds neither
         token ids nor texts.
       compared_turns, turns: how many turns these are, and how many the run has.
     """
 
     questions: int
-    tokens_per_second: float
-    base_tokens_per_second: float
-    mean_ratio: float
+    tokens_per_second: float | None
+    base_tokens_per_second: float | None
+    mean_ratio: float | None
     interval: tuple[float, float] | None
-    accept_length: float
+    accept_length: float | None
     identical_share: float | None
     compared_turns: int
     turns: int
 
     @property
-    def speedup(self) -> float:
+    def speedup(self) -> float | None:
         """The mean speed over the base's: a ratio of means, as in SpecMQuant's evaluation."""
-        return self.tokens_per_second / self.base_tokens_per_second
+        return metrics.ratio(self.tokens_per_second, self.base_tokens_per_second)
 
 
 def compare(found: Sequence[Answer], base: Sequence[Answer]) -> Figures:
     """The figures of `found` beside `base`, which answers the same questions in any order."""
     expected = {answer.question_id: answer for answer in base}
     others = [expected[answer.question_id] for answer in found]
-    ratios = np.array([answer.speed / other.speed for answer, other in zip(found, others, strict=True)])
+    both = (metrics.ratio(answer.speed, other.speed) for answer, other in zip(found, others, strict=True))
+    ratios = np.array([ratio for ratio in both if ratio is not None])
+    accepted = [length for answer in found for length in answer.accept_lengths]
     same = _same_turns(found, others)
     return Figures(
-        questions=len(found), tokens_per_second=statistics.fmean(answer.speed for answer in found),
-        base_tokens_per_second=statistics.fmean(other.speed for other in others), mean_ratio=float(ratios.mean()),
+        questions=len(found), tokens_per_second=metrics.mean_speed(answer.speed for answer in found),
+        base_tokens_per_second=metrics.mean_speed(other.speed for other in others),
+        mean_ratio=float(ratios.mean()) if len(ratios) else None,
         interval=bootstrap_interval(ratios) if len(ratios) > 1 else None,
-        accept_length=metrics.mean_accept_length([length for answer in found for length in answer.accept_lengths]),
+        accept_length=metrics.mean_accept_length(accepted) if accepted else None,
         identical_share=statistics.fmean(same) if same else None, compared_turns=len(same),
         turns=sum(len(answer.new_tokens) for answer in found))
 

@@ -6,24 +6,21 @@ Weights and caches are read cold, launch gaps are counted. A table of each model
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 from absl import flags as absl_flags
 from rich.console import Console
-from rich.table import Table
 
-from experiments import flags
-from experiments.report import NO_VALUE, stdout
+from experiments import flags, tables
+from experiments.cells import NO_VALUE, number, times
 from pallas_kernels import cases, timing, tune
 from pallas_kernels.cases import Case, ModelShape
 from pallas_kernels.timing import Loop, Plan, Timing
 from pallas_kernels.w4a16.api import GROUP_SIZES
-from specmq_jax import errors, metrics
+from specmq_jax import errors, metrics, words
 from specmq_jax.errors import UserError
 
 _LOOP_SECONDS = 2e-2
@@ -240,48 +237,43 @@ a model; w4a16_product and dense add them up. Products of 8-bit activations leav
 def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: pathlib.Path | None = None,
         console: Console | None = None) -> list[Line]:
     """Measures and prints; the JSON file is written again behind every table, so that a stopped run leaves one."""
-    console = console or stdout()
+    console = console or tables.stdout()
     about = {"device": metrics.device_name(), "device_bandwidth": metrics.device_bandwidth(), "jax": jax.__version__,
              "runs": bench.runs}
-    console.print(f"{about['device']}, copies {about['device_bandwidth'] / 1e9:.0f} GB/s | jax {about['jax']} | medians of "
-                  f"{bench.runs} runs\nXLA: the dense f16 product for products, plain jnp for other ops; \"of\" is our time "
-                  "over theirs", highlight=False, markup=False, soft_wrap=True)
+    copies = about["device_bandwidth"]
+    speed = f", copies {number(copies / 1e9, 0)} GB/s at the start" if copies else ""
+    console.print(f"{about['device']}{speed} | jax {about['jax']} | medians of {words.count(bench.runs, 'run')}\nXLA: the "
+                  "dense f16 product for products, plain jnp for other ops; \"of\" is our time over theirs", highlight=False,
+                  markup=False, soft_wrap=True)
     lines: list[Line] = []
     for model in models:
         compared: dict[tuple, Timing] = {}
         for op in ops:
             measured = bench.measure(op, model, compared)
             lines += measured
-            console.print(table(f"{op}, {model}", measured))
+            tables.show(_COLUMNS, measured, console, texts=1, keys=2, title=f"{op}, {model}")
             for line in measured:
                 if line.error:
-                    console.print(f"{line.shape}, {line.rows} rows: {line.error}", highlight=False, markup=False)
+                    console.print(f"{line.shape}, {words.count(line.rows, 'row')}: {line.error}", highlight=False, markup=False)
             if json_file:
-                text = json.dumps(about | {"lines": [dataclasses.asdict(line) for line in lines]}, indent=1)
-                json_file.write_text(text + "\n", encoding="utf-8")
+                tables.write(json_file, tables.json_text(about | {"lines": [dataclasses.asdict(line) for line in lines]}))
     return lines
 
 
-def table(title: str, lines: Sequence[Line]) -> Table:
-    """A row a line; columns that have no value in any line are left out."""
-    columns: dict[str, Callable[[Line], Any]] = {
-        "shape": lambda line: line.shape, "rows": lambda line: str(line.rows),
-        "us": lambda line: line.seconds and f"{1e6 * line.seconds:.2f}",
-        "spread": lambda line: line.spread is not None and f"{1e6 * line.spread:.2f}",
-        "MB": lambda line: f"{line.traffic / 1e6:.3g}",
-        "GB/s": lambda line: line.bandwidth and f"{line.bandwidth / 1e9:.3g}",
-        "XLA us": lambda line: line.xla_seconds and f"{1e6 * line.xla_seconds:.2f}",
-        "of XLA": lambda line: line.seconds and line.xla_seconds and f"{line.seconds / line.xla_seconds:.2f}x",
-        "Marlin us": lambda line: line.marlin_seconds and f"{1e6 * line.marlin_seconds:.1f}",
-        "of Marlin": lambda line: line.seconds and line.marlin_seconds and f"{line.seconds / line.marlin_seconds:.2f}x"}
-    cells = {name: [show(line) or NO_VALUE for line in lines] for name, show in columns.items()}
-    shown = {name: values for name, values in cells.items() if any(value != NO_VALUE for value in values)}
-    result = Table(title=title, title_justify="left")
-    for name in shown:
-        result.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
-    for row in zip(*shown.values(), strict=True):
-        result.add_row(*row)
-    return result
+def _microseconds(seconds: float | None, digits: int = 2) -> str:
+    return NO_VALUE if seconds is None else number(1e6 * seconds, digits)
+
+
+_COLUMNS: Mapping[str, Callable[[Line], str]] = {
+    "shape": lambda line: line.shape, "rows": lambda line: str(line.rows),
+    "us": lambda line: _microseconds(line.seconds),
+    "spread": lambda line: _microseconds(line.spread),
+    "MB": lambda line: f"{line.traffic / 1e6:.3g}",
+    "GB/s": lambda line: NO_VALUE if line.bandwidth is None else f"{line.bandwidth / 1e9:.3g}",
+    "XLA\nus": lambda line: _microseconds(line.xla_seconds),
+    "of\nXLA": lambda line: times(metrics.ratio(line.seconds, line.xla_seconds)),
+    "Marlin\nus": lambda line: _microseconds(line.marlin_seconds, 1),
+    "of\nMarlin": lambda line: times(metrics.ratio(line.seconds, line.marlin_seconds))}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -27,12 +27,14 @@ class Choice:
     Attributes:
       method: its name.
       tree, draft_length, min_draft_length: as in `Models`.
+      predicted: tokens/s that the cost model expects of it; None where it made no prediction.
     """
 
     method: str
     tree: sm.TreeConfig = sm.TreeConfig()
     draft_length: int = 4
     min_draft_length: int = 6
+    predicted: float | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Pictures of a run, of a comparison and of a sweep."""
 
 import dataclasses
-import itertools
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLORS = ("#8c8c8c", "#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
-"""Grey for the first method, the baseline of a default run."""
-_MORE_COLORS = ("#8c564b", "#e377c2", "#bcbd22", "#17becf")
-PLAIN = "plain"
-"""The series of decoding without a drafter."""
+from experiments import tables
+from experiments.cells import number, times
+from experiments.colors import PLAIN, colors
+from specmq_jax.words import count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,41 +55,54 @@ class HeatMap:
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draws tokens/s of each method, and accept lengths and acceptance by depth of those that speculate, as a PNG."""
     figures = summary["methods"]
-    colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(figures)}
+    palette = colors(figures)
     speculating = {name: f for name, f in figures.items() if sum(f["accept_histogram"][1:])}
     panels = 3 if speculating else 1
-    figure = Figure(figsize=(1.2 + 4.4 * panels, 3.8), layout="constrained")
+    figure = Figure(figsize=(1.2 + 4.4 * panels, 4.0), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _speeds(axes[0], figures, colors)
+    _speeds(axes[0], figures, palette, summary["questions"])
     if speculating:
-        _accept_lengths(axes[1], speculating, colors)
-        _depths(axes[2], speculating, colors)
+        _accept_lengths(axes[1], speculating, palette)
+        _depths(axes[2], speculating, palette)
     for panel in axes:
         _clean(panel)
-    figure.suptitle(f"{summary['model']} at {summary['precision']} on {summary['device']}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(f"{summary['model']} at {summary['precision']} on {summary['device']}\n{summary['benchmark']}, "
+                    f"{count(summary['questions'], 'question')}", fontsize=11)
+    save(figure, path)
 
 
-def _speeds(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) -> None:
-    heights = [figure["tokens_per_second"] for figure in figures.values()]
-    bars = panel.bar(list(figures), heights, width=0.55, color=[colors[method] for method in figures])
-    labels = [f"{height:.1f}" + (f"\n{figure['speedup']:.2f}x" if figure["speedup"] and method != "baseline" else "")
-              for (method, figure), height in zip(figures.items(), heights, strict=True)]
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Puts the picture in place as a whole; the name's suffix says what kind of picture it is.
+
+    Raises:
+      UserError: the file can't be written.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:])
+    tables.write(path, picture.getvalue())
+
+
+def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any], questions: int) -> None:
+    heights = [figure["tokens_per_second"] or 0.0 for figure in figures.values()]
+    bars = panel.bar(list(figures), heights, width=0.55, color=[palette[method] for method in figures])
+    labels = [number(figure["tokens_per_second"], 1)
+              + (f"\n{times(figure['speedup'])}" if figure["speedup"] is not None and method != "baseline" else "")
+              for method, figure in figures.items()]
     panel.bar_label(bars, labels, padding=2)
-    panel.set_ylim(0, max(heights) * 1.2)
+    panel.set_ylim(0, max(heights) * 1.2 or 1.0)
     panel.set_xlim(-0.7, max(len(figures), 2) - 0.3)
-    panel.set_ylabel("tokens/s")
+    panel.set_ylabel("tokens/s" + (f", mean over {questions} questions" if questions > 1 else ""))
     panel.set_title("Speed", fontsize=10)
 
 
-def _accept_lengths(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+def _accept_lengths(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any]) -> None:
     width, tallest, longest = 0.8 / len(figures), 0.0, 0
     for i, (method, figure) in enumerate(figures.items()):
         offset, counts = (i - (len(figures) - 1) / 2) * width, figure["accept_histogram"]
         longest = max(longest, len(counts))
         shares = [100 * count / sum(counts) for count in counts]
         tallest = max(tallest, *shares)
-        panel.bar([length + offset for length in range(1, len(counts) + 1)], shares, width=width, color=colors[method],
+        panel.bar([length + offset for length in range(1, len(counts) + 1)], shares, width=width, color=palette[method],
                   label=f"{method}, mean {figure['mean_accept_length']:.2f}")
     panel.set_ylim(0, tallest * (1.1 + 0.08 * len(figures)))
     panel.set_xticks(range(1, longest + 1))
@@ -100,10 +112,10 @@ def _accept_lengths(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str
     panel.legend(frameon=False, fontsize=9)
 
 
-def _depths(panel: Axes, figures: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+def _depths(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any]) -> None:
     for method, figure in figures.items():
         shares = [100 * share for share in figure["depth_acceptance"]]
-        panel.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, color=colors[method])
+        panel.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, color=palette[method])
     panel.set_ylim(0, 104)
     panel.set_xticks(range(1, max(len(figure["depth_acceptance"]) for figure in figures.values()) + 1))
     panel.set_xlabel("draft's depth")
@@ -122,27 +134,27 @@ def plot_speedups(bars: Sequence[Bar], path: pathlib.Path, *, base: str, title: 
     """
     groups = {name: [bar for bar in bars if bar.group == name] for name in dict.fromkeys(bar.group for bar in bars)}
     series = sorted(dict.fromkeys(bar.series for bar in bars), key=lambda name: name != PLAIN)
-    palette = itertools.cycle((*COLORS[1:], *_MORE_COLORS))
-    colors = {name: COLORS[0] if name == PLAIN else next(palette) for name in series}
+    palette = colors(series)
     figure = Figure(figsize=(max(5.0, 1.2 + 0.4 * len(groups) + 0.6 * len(bars)), 4.2), layout="constrained")
     panel = figure.subplots()
     for name in series:
         mine = [(i, present, bar) for i, present in enumerate(groups.values()) for bar in present if bar.series == name]
         drawn = panel.bar([_place(i, bar, present, series) for i, present, bar in mine], [bar.speedup for _, _, bar in mine],
-                          width=0.8 / len(series), color=colors[name], edgecolor="white", label=name)
-        panel.bar_label(drawn, [f"{bar.relative or bar.speedup:.2f}x" for _, _, bar in mine], padding=2, fontsize=8,
-                        fontweight="bold" if any(bar.relative for _, _, bar in mine) else "normal")
+                          width=0.8 / len(series), color=palette[name], edgecolor="white", label=name)
+        labels = [times(bar.speedup if bar.relative is None else bar.relative) for _, _, bar in mine]
+        panel.bar_label(drawn, labels, padding=2, fontsize=8,
+                        fontweight="bold" if any(bar.relative is not None for _, _, bar in mine) else "normal")
     panel.axhline(1, color="#333333", linewidth=0.8, linestyle=":")
     panel.set_xticks(range(len(groups)), list(groups))
     panel.set_xlim(-0.6, len(groups) - 0.4)
     panel.set_ylim(0, max(bar.speedup for bar in bars) * 1.12)
     panel.set_ylabel(f"speedup over {base}")
-    if any(bar.relative for bar in bars):
+    if any(bar.relative is not None for bar in bars):
         panel.set_title("bold: relative to plain decoding of the same model and precision", fontsize=9)
     _clean(panel)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=min(len(series), 5))
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _place(group: int, bar: Bar, present: Sequence[Bar], series: Sequence[str]) -> float:
@@ -164,7 +176,7 @@ def plot_heat_maps(maps: Sequence[HeatMap], path: pathlib.Path, *, unit: str, ti
     for panel in panels[len(maps):]:
         panel.set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _heat(panel: Axes, heat: HeatMap, figure: Figure, unit: str) -> None:
@@ -173,7 +185,7 @@ def _heat(panel: Axes, heat: HeatMap, figure: Figure, unit: str) -> None:
     darkest_bright = np.nanmin(values) + 0.6 * (np.nanmax(values) - np.nanmin(values))
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
-            panel.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8,
+            panel.text(x, y, number(value, 1), ha="center", va="center", fontsize=8,
                        color="black" if value > darkest_bright else "white")
     panel.set_xticks(range(len(heat.columns)), [str(column) for column in heat.columns])
     panel.set_yticks(range(len(heat.rows)), [str(row) for row in heat.rows])

@@ -1,7 +1,8 @@
 """Compares answer files: python -m experiments.speedup --base=BASE.jsonl --answers=A.jsonl,B.jsonl
 
-Speeds are means over questions, speedups are ratios of these means, accept lengths are means over rounds. The mean of ratios is
-that of each question's own speedup, with its bootstrap interval over questions.
+Tokens/s are a question's new tokens over the seconds of its decode loops, averaged over questions. Speedups are ratios of these
+means, accept lengths are means over rounds. The mean of ratios is that of each question's own speedup, with its bootstrap
+interval over questions.
 
 A file may hold several runs (a program that appends to it again, files put together): lines with another model_id are another
 run, and so are those behind a question that was answered before under the same model_id. Run N of a file is FILE#N;
@@ -23,12 +24,13 @@ from experiments import answer_runs, flags, plots, tables
 from experiments.answer_runs import Run
 from experiments.answers import Answer
 from experiments.benchmarks import BENCHMARKS
+from experiments.cells import NO_VALUE, number, times
 from experiments.figures import LEVEL, Figures, compare
 from experiments.plots import PLAIN, Bar
-from experiments.report import by_category, identical, stdout
-from experiments.tables import NO_VALUE
+from experiments.report import by_category, identical
 from specmq_jax import errors
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 OVERALL = "overall"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -63,11 +65,11 @@ def main(argv: Sequence[str]) -> None:
     task = BENCHMARKS[given.benchmark].task if given.benchmark else None
     base, *others = (run.by_task(task) if task else run for run in over_same_questions(base, others, common=given.common))
     rows = compared(base, others)
-    show(rows, stdout())
+    show(rows, tables.stdout())
     writers: Mapping[str, Callable[[pathlib.Path], None]] = {
         "csv": lambda path: tables.write(path, tables.comma_separated(FIELDS, rows)),
         "markdown": lambda path: tables.write(path, tables.markdown(_COLUMNS, rows, texts=2)),
-        "plot": lambda path: plots.plot_speedups(bars(rows), path, base=rows[0].label, title=_title(rows))}
+        "plot": lambda path: plots.plot_speedups(bars(rows), path, base=rows[0].label, title=_title(rows, given.benchmark))}
     for flag, path in files.items():
         writers[flag](path)
 
@@ -89,7 +91,7 @@ def over_same_questions(base: Run, others: Sequence[Run], *, common: bool) -> li
         ours, theirs = (set(map(_question, side.answers)) for side in (run, base))
         if ours != theirs:
             raise UserError(
-                f"{run.address} answers {len(run.answers)} questions and {base.address} {len(base.answers)}, of which "
+                f"{run.address} answers {count(len(run.answers), 'question')} and {base.address} {len(base.answers)}, of which "
                 f"{len(ours & theirs)} are the same; speeds can only be compared over the same questions (finish the run that "
                 "was interrupted, choose the same range, or compare over the common ones with --common)")
     return [base, *others]
@@ -109,14 +111,9 @@ def compared(base: Run, others: Sequence[Run]) -> list[Row]:
 def show(rows: Sequence[Row], console: Console) -> None:
     """Prints a table by category, in parts where it is too wide for the console, and one of the runs over all questions."""
     base, *labels = dict.fromkeys(row.label for row in rows)
-    unbounded = console.options.update(max_width=100_000)
-    while labels:
-        fitting = next((count for count in range(len(labels), 1, -1) if console.measure(
-            by_task(rows, base, labels[:count]), options=unbounded).maximum <= console.width), 1)
-        console.print(by_task(rows, base, labels[:fitting]))
-        labels = labels[fitting:]
-    console.print(tables.table({name: column for name, column in _COLUMNS.items() if name not in ("category", "questions")},
-                               [row for row in rows if row.category == OVERALL], texts=1))
+    tables.print_in_parts(lambda shown: by_task(rows, base, shown), labels, console)
+    tables.show({name: column for name, column in _COLUMNS.items() if name not in ("category", "questions")},
+                [row for row in rows if row.category == OVERALL], console, texts=1)
 
 
 def by_task(rows: Sequence[Row], base: str, labels: Sequence[str]) -> Table:
@@ -133,10 +130,10 @@ def by_task(rows: Sequence[Row], base: str, labels: Sequence[str]) -> Table:
         if category == OVERALL:
             result.add_section()
         figures = found[base, category]
-        cells = [escape(category), str(figures.questions), f"{figures.tokens_per_second:.1f}"]
+        cells = [escape(category), str(figures.questions), number(figures.tokens_per_second, 1)]
         for label in labels:
             figures = found[label, category]
-            cells += [f"{figures.tokens_per_second:.1f}", f"{figures.speedup:.2f}x", f"{figures.accept_length:.2f}"]
+            cells += [number(figures.tokens_per_second, 1), times(figures.speedup), number(figures.accept_length, 2)]
         result.add_row(*cells)
     return result
 
@@ -146,7 +143,7 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
     A run whose model_id does not end in precision and method stands alone under its label.
     """
-    rows = [row for row in rows if row.category == OVERALL]
+    rows = [row for row in rows if row.category == OVERALL and row.figures.speedup is not None]
     several = len({row.run.target for row in rows if row.run.precision}) > 1
     groups = [_group(row, several) for row in rows]
     series = [_series(row) for row in rows]
@@ -172,9 +169,10 @@ def _series(row: Row) -> str:
     return f"+ {row.run.method}" if row.run.precision and row.run.method != "baseline" else PLAIN
 
 
-def _title(rows: Sequence[Row]) -> str:
+def _title(rows: Sequence[Row], benchmark: str | None) -> str:
     targets = list(dict.fromkeys(row.run.target for row in rows if row.run.precision))
-    return f"{', '.join(targets) or 'Decoding speed'}, {rows[-1].figures.questions} questions"
+    parts = [", ".join(targets) or "Decoding speed", benchmark, count(rows[-1].figures.questions, "question")]
+    return ", ".join(part for part in parts if part)
 
 
 def _interval(row: Row) -> str:
@@ -190,11 +188,11 @@ _COLUMNS: tables.Cells = {
     "run": lambda row: row.label,
     "category": lambda row: row.category,
     "questions": lambda row: str(row.figures.questions),
-    "tokens/s": lambda row: f"{row.figures.tokens_per_second:.1f}",
-    "speedup": lambda row: f"{row.figures.speedup:.2f}x",
-    "mean of\nratios": lambda row: f"{row.figures.mean_ratio:.2f}x",
+    "tokens/s": lambda row: number(row.figures.tokens_per_second, 1),
+    "speedup": lambda row: times(row.figures.speedup),
+    "mean of\nratios": lambda row: times(row.figures.mean_ratio),
     f"its {LEVEL:.0%}\ninterval": _interval,
-    "accept\nlength": lambda row: f"{row.figures.accept_length:.2f}",
+    "accept\nlength": lambda row: number(row.figures.accept_length, 2),
     "identical": lambda row: identical(row.figures.identical_share),
     "turns\ncompared": _compared_turns,
 }

@@ -16,12 +16,13 @@ from rich.console import Console
 
 from experiments import flags, grid, isolated, sweep_cells, sweep_report
 from experiments.isolated import ProcessEnded
-from experiments.report import stdout
 from experiments.sweep_cells import Cell, Prepared
 from experiments.sweep_progress import Display, display
 from experiments.sweep_worker import Event, run_cells
+from experiments.tables import stdout
 from specmq_jax import errors
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 Reports = Callable[..., Iterator[Any]]
 """As `isolated.reports`."""
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
     if obstacle:
         _say(stdout(), f"Not scored: {obstacle}; the same command scores these answers then")
     if failures:
-        raise UserError(f"{len(failures)} of {len(sweep.cells)} cells failed, see above; the same command tries them again")
+        raise UserError(f"{len(failures)} of {count(len(sweep.cells), 'cell')} failed, see above; the same command tries "
+                        "them again")
 
 
 def run(sweep: Prepared, console: Console, reports: Reports = isolated.reports) -> dict[str, str]:

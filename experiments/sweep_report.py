@@ -8,12 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from experiments import plots, scoring, tables
+from experiments.cells import NO_VALUE, milliseconds, number, percent, times
 from experiments.figures import Figures, compare
 from experiments.plots import PLAIN, Bar, HeatMap
 from experiments.report import identical
 from experiments.scoring import Score, Scorer
 from experiments.sweep_cells import Cell, Prepared
-from experiments.tables import NO_VALUE
+from specmq_jax import metrics
+from specmq_jax.words import count
 
 AXES = {"depth": "tree depth", "size": "tree size, nodes", "top_k": "top-k", "length": "draft length, tokens",
         "min_length": "least draft, tokens"}
@@ -55,7 +57,7 @@ class Row:
     @property
     def first_speedup(self) -> float | None:
         """Over the sweep's first plain decoding."""
-        return self.figures.tokens_per_second / self.first_speed if self.figures and self.first_speed else None
+        return metrics.ratio(self.figures.tokens_per_second, self.first_speed) if self.figures else None
 
     @property
     def precision(self) -> str:
@@ -90,7 +92,7 @@ def report(sweep: Prepared, failures: Mapping[str, str], console: Console, *, sc
         if row.score:
             file = row.cell.answers()
             scoring.write(file.path, [(file.found[0].model_id, row.score)])
-    title = (f"{_names(found)} on {sweep.device}\n{sweep.questions} question{'s' if sweep.questions > 1 else ''} of "
+    title = (f"{_names(found)} on {sweep.device}\n{count(sweep.questions, 'question')} of "
              f"{sweep.benchmark.name} ({sweep.cells[0].settings.question_file.name})")
     console.print(title, highlight=False, markup=False)
     _print_table(found, console)
@@ -122,7 +124,7 @@ def bars(found: Sequence[Row]) -> tuple[str, list[Bar]] | None:
 
     The base is the sweep's first plain decoding, or its first cell where there is none.
     """
-    done = [row for row in found if row.figures]
+    done = [row for row in found if row.speed is not None]
     if not done:
         return None
     base = next((row for row in done if row.cell.variant.method == "baseline"), done[0])
@@ -141,7 +143,7 @@ def heat_maps(found: Sequence[Row], method: str) -> list[HeatMap]:
 
     Settings beyond the second don't appear: a field is the fastest of their variants.
     """
-    done = [row for row in found if row.figures and row.cell.variant.method == method]
+    done = [row for row in found if row.speed is not None and row.cell.variant.method == method]
     values = {name: sorted({row.cell.variant.settings[name] for row in done if name in row.cell.variant.settings})
               for name in AXES}
     varied = [name for name in AXES if len(values[name]) > 1]
@@ -172,16 +174,10 @@ def _setting(name: str) -> Callable[[Row], str]:
     return lambda row: str(row.cell.variant.settings.get(name, NO_VALUE))
 
 
-def _shown(value: Callable[[Row], float | None], form: str) -> Callable[[Row], str]:
-    def show(row: Row) -> str:
-        found = value(row)
-        return NO_VALUE if found is None else form.format(found)
-
-    return show
-
-
 def _milliseconds(phase: str) -> Callable[[Row], str]:
-    return _shown(lambda row: 1e3 * row.measured[phase] if row.measured and row.measured[phase] else None, "{:.2f}")
+    """A baseline drafts nothing."""
+    return lambda row: NO_VALUE if not row.measured or (phase == "draft" and row.cell.variant.method == "baseline") else (
+        milliseconds(row.measured[phase]))
 
 
 def _tree(row: Row) -> str:
@@ -201,25 +197,22 @@ def _columns(found: Sequence[Row]) -> tables.Cells:
         "tree": _tree,
         "draft\nlength": _setting("length"),
         "least\ndraft": _setting("min_length"),
-        "tokens/s": lambda row: "failed" if row.error else _shown(lambda row: row.speed, "{:.1f}")(row),
-        "over\nplain": _shown(lambda row: row.speedup, "{:.2f}x"),
-        f"over plain\n{first}": _shown(lambda row: row.first_speedup, "{:.2f}x"),
-        "accept\nlength": _shown(lambda row: row.figures and row.figures.accept_length, "{:.2f}"),
-        **({metric: _shown(lambda row: row.score and row.score.share, "{:.1%}")} if metric else {}),
-        "identical": lambda row: identical(row.figures.identical_share if row.speedup else None),
+        "tokens/s": lambda row: "failed" if row.error else number(row.speed, 1),
+        "over\nplain": lambda row: times(row.speedup),
+        f"over plain\n{first}": lambda row: times(row.first_speedup),
+        "accept\nlength": lambda row: number(row.figures and row.figures.accept_length, 2),
+        **({metric: lambda row: percent(row.score and row.score.share, 1)} if metric else {}),
+        "identical": lambda row: identical(row.figures.identical_share if row.has_plain and row.figures else None),
         "draft\nms": _milliseconds("draft"),
         "verify\nms": _milliseconds("verify"),
     }
 
 
 def _print_table(found: Sequence[Row], console: Console) -> None:
-    """Leaves out the last columns where the console is too narrow for all; the files have them."""
-    columns = dict(_columns(found))
-    unbounded = console.options.update(max_width=100_000)
-    for name in ("verify\nms", "draft\nms", "identical"):
-        if console.measure(tables.table(columns, found, texts=3), options=unbounded).maximum > console.width:
-            del columns[name]
-    console.print(tables.table(columns, found, texts=3))
+    """In several tables where the console is too narrow for one; what says which cell a row is stands in each."""
+    columns = _columns(found)
+    keys = list(columns).index("tokens/s")
+    tables.show(columns, found, console, texts=keys, keys=keys)
 
 
 FIELDS: Mapping[str, Callable[[Row], Any]] = {
@@ -230,12 +223,12 @@ FIELDS: Mapping[str, Callable[[Row], Any]] = {
     "questions": lambda row: row.figures and row.figures.questions,
     "tokens_per_second": lambda row: row.speed,
     "speedup": lambda row: row.speedup,
-    "mean_ratio": lambda row: row.speedup and row.figures.mean_ratio,
-    "mean_ratio_low": lambda row: row.speedup and row.figures.interval and row.figures.interval[0],
-    "mean_ratio_high": lambda row: row.speedup and row.figures.interval and row.figures.interval[1],
+    "mean_ratio": lambda row: row.figures.mean_ratio if row.has_plain and row.figures else None,
+    "mean_ratio_low": lambda row: row.figures.interval[0] if row.has_plain and row.figures and row.figures.interval else None,
+    "mean_ratio_high": lambda row: row.figures.interval[1] if row.has_plain and row.figures and row.figures.interval else None,
     "speedup_over_first": lambda row: row.first_speedup,
     "mean_accept_length": lambda row: row.figures and row.figures.accept_length,
-    "identical_share": lambda row: row.figures.identical_share if row.speedup else None,
+    "identical_share": lambda row: row.figures.identical_share if row.has_plain and row.figures else None,
     "score": lambda row: row.score and row.score.share,
     **{f"{phase}_seconds": (lambda row, phase=phase: row.measured and row.measured[phase])
        for phase in ("prefill", "draft", "verify", "round")},

@@ -2,33 +2,91 @@
 
 import csv
 import io
+import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.cells import NO_VALUE
 from specmq_jax.errors import UserError
 
-NO_VALUE = "-"
+_WIDE = 200
+"""Columns of a table for a pipe or a file where $COLUMNS doesn't say."""
+_LEAST_KEY = 8
+"""Columns that a name has at least where there is not enough room for all."""
 
 Row = TypeVar("Row")
+Part = TypeVar("Part")
 Cells = Mapping[str, Callable[[Row], str]]
 """What a row shows in each column."""
 
 
-def table(columns: Cells, rows: Sequence[Row], *, texts: int) -> Table:
+def stdout() -> Console:
+    """Where tables go: as wide as the terminal, or as $COLUMNS says; for a pipe or a file wider than the 80 columns that rich
+    assumes there."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
+
+
+def table(columns: Cells, rows: Sequence[Row], *, texts: int, title: str | None = None) -> Table:
     """A row each; the first `texts` columns are flush left. Columns without a value in any row are left out."""
-    cells = {name: [show(row) for row in rows] for name, show in columns.items()}
-    shown = {name: values for name, values in cells.items() if any(value != NO_VALUE for value in values)}
-    result = Table()
-    for name in shown:
-        result.add_column(escape(name), justify="left" if name in list(columns)[:texts] else "right", no_wrap=True)
-    for values in zip(*shown.values(), strict=True):
+    return _made(_shown(columns, rows), list(columns)[:texts], title)
+
+
+def show(columns: Cells, rows: Sequence[Row], console: Console, *, texts: int, keys: int = 1, title: str | None = None) -> None:
+    """Prints the table. Where it is too wide, further ones below hold the columns that are left, beside the first `keys`
+    columns, which say what a row is."""
+    shown = _shown(columns, rows)
+    flush_left, said = list(columns)[:texts], [name for name in list(columns)[:keys] if name in shown]
+    others = [name for name in shown if name not in said]
+
+    def build(names: Sequence[str], widest: int | None = None) -> Table:
+        return _made({name: shown[name] for name in (*said, *names)}, flush_left, title, folded=said, widest=widest)
+
+    if others and _width(build(others[:1]), console) > console.width:
+        widest = max(_LEAST_KEY, console.width // (2 * max(len(said), 1)))
+        print_in_parts(lambda names: build(names, widest), others, console)
+    else:
+        print_in_parts(build, others, console)
+
+
+def print_in_parts(build: Callable[[Sequence[Part]], Table], parts: Sequence[Part], console: Console) -> None:
+    """Prints `build(parts)`, or where that is too wide, one table after another, each of as many parts as fit."""
+    left = list(parts)
+    while left:
+        fits = (some for some in range(len(left), 1, -1) if _width(build(left[:some]), console) <= console.width)
+        fitting = next(fits, 1)
+        console.print(build(left[:fitting]))
+        left = left[fitting:]
+
+
+def _width(made: Table, console: Console) -> int:
+    """That a table needs not to be cut."""
+    return console.measure(made, options=console.options.update(max_width=100_000)).maximum
+
+
+def _shown(columns: Cells, rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The cells of each column that has a value."""
+    cells = {name: [value(row) for row in rows] for name, value in columns.items()}
+    return {name: values for name, values in cells.items() if any(value != NO_VALUE for value in values)}
+
+
+def _made(cells: Mapping[str, Sequence[str]], flush_left: Sequence[str], title: str | None, *, folded: Sequence[str] = (),
+          widest: int | None = None) -> Table:
+    """A column of `folded` that is wider than `widest` goes on in the next line."""
+    result = Table(title=title and escape(title), title_justify="left")
+    for name in cells:
+        folds = name in folded
+        result.add_column(escape(name), justify="left" if name in flush_left else "right", no_wrap=not folds,
+                          overflow="fold" if folds else "ellipsis", max_width=widest if folds else None)
+    for values in zip(*cells.values(), strict=True):
         result.add_row(*map(escape, values))
     return result
 
@@ -55,6 +113,19 @@ def comma_separated(columns: Mapping[str, Callable[[Row], str | int | float | No
     return text.getvalue()
 
 
+def json_text(content: Any) -> str:
+    """JSON of figures, null for one that is no number: JSON knows neither NaN nor infinity."""
+    return json.dumps(_numbers(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _numbers(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _numbers(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_numbers(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def check_file(path: pathlib.Path, flag: str) -> None:
     """A file that can't be written to is a `UserError` that names the flag it came from."""
     existing = path if path.exists() else path.absolute().parent
@@ -62,11 +133,12 @@ def check_file(path: pathlib.Path, flag: str) -> None:
         raise UserError(f"{path} can't be written to; name another file with --{flag}=FILE")
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Puts a text in place as a whole; a `UserError` where that fails."""
+def write(path: pathlib.Path, content: str | bytes) -> None:
+    """Puts a text, or a picture's bytes, in place as a whole; a `UserError` where that fails."""
     beside = path.with_name(path.name + ".part")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
         beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise UserError(f"{path} can't be written: {error.strerror}; the same command writes it again") from None

@@ -113,7 +113,7 @@ def test_speedup_refuses_other_questions_and_broken_files(tmp_path):
     base.write_text(answer(1, "math", [10], [1.0], [1]) + answer(2, "math", [10], [1.0], [1]))
     other.write_text(answer(1, "math", [10], [1.0], [1]))
     broken.write_text(other.read_text() + '{"question_id": 2, "ca')
-    fails_with(command("speedup", f"--base={base}", f"--answers={other}"), "1 questions", "2", "same questions")
+    fails_with(command("speedup", f"--base={base}", f"--answers={other}"), "1 question and", "2", "same questions")
     fails_with(command("speedup", f"--base={base}", f"--answers={broken}"), f"{broken}, line 2")
     fails_with(command("speedup", f"--base={base}", f"--answers={tmp_path}/none.jsonl"), "can't be read")
     fails_with(command("speedup"), "--base=")
