@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from specmq_jax.config import LlamaConfig
+from specmq_jax.words import count, scalar
 
 
 @flax.struct.dataclass
@@ -25,6 +26,10 @@ class KVCache:
     values: tuple[Float[Array, "L H D"], ...]
     length: Int32[Array, ""]
     limit: int = flax.struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        rows = self.keys[0].shape if self.keys and hasattr(self.keys[0], "shape") else "?"
+        return f"KVCache({count(len(self.keys), 'layer')} of {rows}, length={scalar(self.length)}, limit={self.limit})"
 
     @classmethod
     def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype, *, limit: int | None = None) -> Self:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from specmq_jax import traffic
+from specmq_jax import traffic, words
 from specmq_jax.cache import KVCache
 from specmq_jax.compilation import compiler_options, enable_persistent_cache
 from specmq_jax.config import DecodeConfig
@@ -69,6 +69,10 @@ class DecodeState:
     accept_lengths: Int32[Array, "C"]
     rounds: Int32[Array, ""]
 
+    def __repr__(self) -> str:
+        return (f"DecodeState(length={words.scalar(self.length)}, limit={words.scalar(self.limit)}, "
+                f"done={words.scalar(self.done)}, rounds={words.scalar(self.rounds)}, cache={self.cache})")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
@@ -92,6 +96,11 @@ class Generation:
     draft_prefill_seconds: float
     stopped: bool
     draft_accept_lengths: Int32[np.ndarray, "n"]
+
+    def __repr__(self) -> str:
+        return (f"Generation({words.count(len(self.tokens), 'token')} in {words.count(len(self.accept_lengths), 'round')}, "
+                f"{self.seconds:.3g} s behind a prefill of {self.prefill_seconds + self.draft_prefill_seconds:.3g} s, "
+                f"stopped={self.stopped})")
 
 
 class Decoder:
@@ -141,6 +150,10 @@ class Decoder:
         self._score = jax.jit(self._logits_of)
         self._draw = jax.jit(self._draw_after)
         self._run = jax.jit(self._run_rounds, donate_argnums=1, compiler_options=compiler_options())
+
+    def __repr__(self) -> str:
+        drafter = "" if isinstance(self.drafter, NoDrafter) else f"{self.drafter!r}, "
+        return f"Decoder({self.target!r}, {drafter}max_len={self.config.max_len})"
 
     @property
     def params(self) -> Params:
@@ -291,8 +304,8 @@ class Decoder:
     def _checked(self, prompt_ids: Sequence[int]) -> Int32[np.ndarray, "n"]:
         prompt = check_tokens(prompt_ids, self.target.config)
         if len(prompt) >= self.config.max_len:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the cache holds {self.config.max_len} with at least "
-                            "one new token; shorten the prompt or raise max_len")
+            raise UserError(f"the prompt has {words.count(len(prompt), 'token')}, the cache holds {self.config.max_len} with "
+                            "at least one new token; shorten the prompt or raise max_len")
         return prompt
 
     def _ingest_all(self, prompt: Int32[np.ndarray, "n"]

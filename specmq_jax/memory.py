@@ -28,7 +28,7 @@ def check_room(needed: int, purpose: str) -> None:
     """Raises a `UserError` where `needed` bytes exceed what the default device has free (unknown on CPUs: no check)."""
     found = room()
     if found is not None and needed > found.free:
-        raise UserError(f"{purpose} takes {_size(needed)}, the device has {_size(found.free)} free of {_size(found.limit)}; "
+        raise UserError(f"{purpose} takes {size(needed)}, the device has {size(found.free)} free of {size(found.limit)}; "
                         "choose a lower precision, a shorter max_len or a larger device")
 
 
@@ -49,20 +49,20 @@ class Plan:
     def describe(self) -> str:
         """One line with each part, their sum, and what the device has free, where it tells."""
         found = room()
-        return f"memory: {self._listed}: {_size(self.total)}" + (f" of {_size(found.free)} free" if found else "")
+        return f"memory: {self._listed}: {size(self.total)}" + (f" of {size(found.free)} free" if found else "")
 
     def check(self) -> None:
         """Raises a `UserError` where the default device has less free (unknown on CPUs: no check)."""
         found = room()
         if found is not None and self.total > found.free:
             raise UserError(
-                f"this takes {_size(self.total)} of device memory ({self._listed}), the device has {_size(found.free)} free "
-                f"of {_size(found.limit)}; choose a lower precision, a shorter cache or fewer methods, or let JAX use more of "
+                f"this takes {size(self.total)} of device memory ({self._listed}), the device has {size(found.free)} free "
+                f"of {size(found.limit)}; choose a lower precision, a shorter cache or fewer methods, or let JAX use more of "
                 "the device (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95)")
 
     @property
     def _listed(self) -> str:
-        return ", ".join(f"{name} {_size(count)}" for name, count in self.parts.items() if count)
+        return ", ".join(f"{name} {size(count)}" for name, count in self.parts.items() if count)
 
 
 def tree_bytes(*trees: Any) -> int:
@@ -72,5 +72,6 @@ def tree_bytes(*trees: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """A number of bytes in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -20,15 +21,17 @@ from specmq_jax.config import LlamaConfig
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Dense, DenseFormat, Weight, WeightFormat
 from specmq_jax.llama import Llama
-from specmq_jax.memory import check_room, tree_bytes
+from specmq_jax.memory import check_room, size, tree_bytes
 from specmq_jax.parameters import Formats, parameter_shapes
+from specmq_jax.words import count
 
 Params = Any
 Peaks = dict[str, tuple[Float[Array, ""], WeightFormat]]
 """The largest magnitude of a weight that was packed, still on the device, and its format."""
+_DIGEST = re.compile("-[0-9a-f]{12}$")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Model:
     """What `load` returns.
 
@@ -46,6 +49,12 @@ class Model:
     params: Params
     precision: str
     directory: pathlib.Path | None = None
+
+    def __repr__(self) -> str:
+        # a converted checkpoint's directory in the cache has a digest behind its name
+        config, name = self.config, _DIGEST.sub("", self.directory.name) if self.directory else "random weights"
+        return (f"{type(self).__name__}({name} at {self.precision}, {count(config.num_layers, 'layer')} of "
+                f"{config.hidden_size}, {count(config.vocab_size, 'token')}, {size(tree_bytes(self.params))})")
 
     @functools.cached_property
     def weight_bytes(self) -> int:
@@ -93,7 +102,7 @@ class Model:
         return weight
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Outline(Model):
     """A model that is not loaded: `params` holds `jax.ShapeDtypeStruct`s.
 

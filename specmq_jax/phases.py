@@ -18,7 +18,7 @@ from specmq_jax.words import count
 if TYPE_CHECKING:
     from specmq_jax.decode import Decoder, DecodeState, Params
 
-_ROUNDS, _TRIES = 8, 3
+_ROUNDS, _TRIES = 8, 6
 _Loop = Callable[["Params", "DecodeState", Array], "DecodeState"]
 
 
