@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from checkpoints_tools.arrays import contiguous
 from checkpoints_tools.readers import Reader, open_source
@@ -153,8 +153,9 @@ def origin_of(reader: Reader, origin: str | None = None) -> dict[str, str]:
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr with a description, a count and the time gone."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    """A bar on stderr with a description, a count, the time gone and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(compact=True), TextColumn("left"))
     return Progress(*columns, console=Console(stderr=True))
 
 

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, one plain line a question elsewhere."""
+"""Progress of a run: a bar with the time left on a terminal, one plain line a question elsewhere."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,6 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.answers import Answer
+from experiments.cells import number
+from experiments.time_left import Pace
+
+ANSWERING = "answering"
+"""What goes on while questions are answered: the time left is reckoned from there on, behind the compiling."""
 
 
 class Reporter(Protocol):
@@ -30,16 +35,24 @@ def progress(console: Console, method: str, *, total: int, done: int) -> Iterato
         yield _Lines(console, method, total, done)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("question"), MofNCompleteColumn(),
-               TextColumn("{task.fields[speed]}"), TimeElapsedColumn())
+               TextColumn("{task.fields[more]}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         yield _Bar(bars, method, total, done)
+
+
+def speed(answer: Answer) -> str:
+    """An answer's tokens/s and a comma, or nothing where it has no speed."""
+    return "" if answer.speed is None else f"{number(answer.speed, 1)} tokens/s, "
 
 
 class _Lines:
     def __init__(self, console: Console, method: str, total: int, done: int) -> None:
         self._console, self._method, self._total, self._done = console, method, total, done
+        self._pace = Pace()
 
     def doing(self, what: str) -> None:
+        if what == ANSWERING:
+            self._pace = Pace()
         self.note(what)
 
     def note(self, text: str) -> None:
@@ -47,19 +60,26 @@ class _Lines:
 
     def answered(self, answer: Answer) -> None:
         self._done += 1
-        self.note(f"question {self._done} of {self._total} ({answer.category}), {answer.speed:.1f} tokens/s")
+        self._pace.count()
+        self.note(f"question {self._done} of {self._total} ({answer.category}), {speed(answer)}"
+                  f"{self._pace.left(self._total - self._done)}")
 
 
 class _Bar:
     def __init__(self, bars: Progress, method: str, total: int, done: int) -> None:
-        self._bars, self._method = bars, method
-        self._task = bars.add_task(method, total=total, completed=done, speed="")
+        self._bars, self._method, self._total, self._done = bars, method, total, done
+        self._pace = Pace()
+        self._task = bars.add_task(method, total=total, completed=done, more="")
 
     def doing(self, what: str) -> None:
+        if what == ANSWERING:
+            self._pace = Pace()
         self._bars.update(self._task, description=f"{self._method}: {what}")
 
     def note(self, text: str) -> None:
         self._bars.console.print(f"{self._method}: {text}", highlight=False, markup=False)
 
     def answered(self, answer: Answer) -> None:
-        self._bars.update(self._task, advance=1, speed=f"{answer.speed:.1f} tokens/s")
+        self._done += 1
+        self._pace.count()
+        self._bars.update(self._task, advance=1, more=f"{speed(answer)}{self._pace.left(self._total - self._done)}")

@@ -16,7 +16,7 @@ from experiments import answers, comparison, methods, questions, stop_strings
 from experiments.answers import Answer, AnswerFile, Turn
 from experiments.benchmark import MT_BENCH, Bench, Benchmark
 from experiments.flags import Settings
-from experiments.progress import Reporter, progress
+from experiments.progress import ANSWERING, Reporter, progress
 from experiments.questions import Question
 from experiments.scoring import Score
 from experiments.step_costs import rounds_ahead
@@ -162,7 +162,7 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
     with show(console, method, total=len(asked), done=len(file.found)) as reporter:
         reporter.doing("compiling")
         _warm_up(decoder, desk, asked, settings.max_new_tokens)
-        reporter.doing("answering")
+        reporter.doing(ANSWERING)
         file.start()
         model_id = f"{settings.models.target_name}-{desk.precision}-{method}"
         for question in waiting:

@@ -9,7 +9,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.cells import number
 from experiments.sweep_worker import Event
+from experiments.time_left import Pace
+from specmq_jax.words import count
 
 
 @dataclasses.dataclass
@@ -27,8 +30,7 @@ class Tally:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._start = self.clock()
-        self.answered = 0
+        self._pace = Pace(clock=self.clock)
 
     @property
     def ended(self) -> int:
@@ -38,7 +40,7 @@ class Tally:
     def count(self, event: Event) -> None:
         """A question answered, or a cell that ended; a failed one leaves its other questions unanswered."""
         if event.kind == "answered":
-            self.answered += 1
+            self._pace.count()
             self.waiting[event.cell] -= 1
         elif event.kind in ("finished", "failed"):
             self.waiting.pop(event.cell, None)
@@ -46,15 +48,7 @@ class Tally:
     @property
     def left(self) -> str:
         """The time left in words."""
-        remaining = sum(self.waiting.values())
-        if not remaining:
-            return "none left"
-        if not self.answered:
-            return "time left unknown"
-        seconds = (self.clock() - self._start) / self.answered * remaining
-        if seconds < 90:
-            return f"about {seconds:.0f} s left"
-        return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+        return self._pace.left(sum(self.waiting.values()))
 
 
 class Display(Protocol):
@@ -91,7 +85,7 @@ class _Lines:
         self._tally.count(event)
         text = {"started": "started", "note": event.text, "finished": "done", "failed": f"failed: {event.text}"}.get(event.kind)
         if text and event.kind in ("finished", "failed"):
-            text += f" ({self._tally.ended} of {self._tally.cells} cells, {self._tally.left})"
+            text += f" ({self._tally.ended} of {count(self._tally.cells, 'cell')}, {self._tally.left})"
         if text:
             self._console.print(f"{event.cell}: {text}", highlight=False, markup=False, soft_wrap=True)
 
@@ -105,7 +99,7 @@ class _Bar:
         before = sum(self._tally.waiting.values())
         self._tally.count(event)
         self._bars.update(self._task, advance=before - sum(self._tally.waiting.values()))
-        speed = f"{event.speed:.1f} tokens/s, " if event.kind == "answered" else ""
+        speed = "" if event.speed is None else f"{number(event.speed, 1)} tokens/s, "
         cell = min(self._tally.ended + 1, self._tally.cells)
         self._bars.update(self._task, more=f"{speed}cell {cell} of {self._tally.cells}, {self._tally.left}")
         if event.kind in ("started", "doing"):

@@ -30,13 +30,13 @@ class Event:
       cell: its name.
       kind: "failed" and "finished" end it; a "note" is to be read after the run, too.
       text: what goes on, what is noted, or why it failed, in one line.
-      speed: tokens/s of the question answered.
+      speed: tokens/s of the question answered; None where it has none.
     """
 
     cell: str
     kind: Literal["started", "doing", "note", "answered", "finished", "failed"]
     text: str = ""
-    speed: float = 0.0
+    speed: float | None = None
 
 
 class Shared(Protocol):
