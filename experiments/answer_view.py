@@ -7,6 +7,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from experiments.cells import number
+from specmq_jax import metrics
+from specmq_jax.words import count
+
 OWN_STYLE, DRAFT_STYLE, FIGURES_STYLE = "default", "cyan", "dim"
 
 
@@ -21,7 +25,7 @@ class AnswerView:
         self._console, self._aside = console, aside
         self._live = Live(console=console, refresh_per_second=12, transient=True) if console.is_terminal else None
         self._line = Text()
-        self._tokens, self._rounds, self._start = 0, 0, time.perf_counter()
+        self._tokens, self._rounds, self._seconds, self._shown = 0, 0, 0.0, time.perf_counter()
 
     def __enter__(self) -> Self:
         if self._live:
@@ -39,17 +43,17 @@ class AnswerView:
 
     def committed(self, tokens: int) -> None:
         """A round committed so many tokens; the first is drawn with the prompt and belongs to none."""
-        if not self._tokens:
-            self._start = time.perf_counter()
-        else:
-            self._rounds += 1
+        if self._tokens:
+            self._seconds, self._rounds = self._seconds + time.perf_counter() - self._shown, self._rounds + 1
         self._tokens += tokens
         self._update()
+        self._shown = time.perf_counter()
 
     def add(self, text: str, *, drafted: bool) -> None:
         """More of the answer; `drafted` says that the drafter found it and the model only agreed."""
         if not self._live:
             self._console.print(Text(text), end="", soft_wrap=True)
+            self._shown = time.perf_counter()
             return
         self._line.append(text, style=DRAFT_STYLE if drafted else OWN_STYLE)
         # full rows leave the live part, which has to fit on the screen
@@ -57,14 +61,16 @@ class AnswerView:
         for row in rows:
             self._live.console.print(row)
         self._update()
+        self._shown = time.perf_counter()
 
     @property
     def figures(self) -> str:
-        """Tokens, speed behind the first token, and tokens a round."""
-        parts = [f"{self._tokens} token{'s' if self._tokens > 1 else ''}"]
+        """Tokens, the speed that `metrics.speed` makes of them and of the time spent waiting for rounds, and tokens a round."""
+        parts, made = [count(self._tokens, "token")], metrics.speed([self._tokens], [self._seconds])
+        if made is not None:
+            parts.append(f"{number(made, 1)} tokens/s")
         if self._rounds:
-            made = self._tokens - 1
-            parts += [f"{made / (time.perf_counter() - self._start):.1f} tokens/s", f"accept length {made / self._rounds:.2f}"]
+            parts.append(f"accept length {number((self._tokens - 1) / self._rounds, 2)}")
         return ", ".join(parts)
 
     def _update(self) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from checkpoints_tools.training.batched import Params
 from checkpoints_tools.training.sampler import Completion, Request, Sampler
 from specmq_jax import tokenizer as tk
+from specmq_jax import words
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 
@@ -162,8 +163,9 @@ class _Progress:
 
     def tell(self) -> None:
         seconds = time.perf_counter() - self._start
-        self._console.print(f"answering: {self._answers} answers of {self._tokens} tokens in {seconds:.0f} s, "
-                            f"{self._tokens / seconds:.0f} tokens/s", highlight=False, soft_wrap=True)
+        made = f"{words.count(self._answers, 'answer')} of {words.count(self._tokens, 'token')}"
+        self._console.print(f"answering: {made} in {seconds:.0f} s, {self._tokens / seconds:.0f} tokens/s of all dialogues "
+                            "together, prefills counted", highlight=False, soft_wrap=True)
 
 
 def settings(model: str, precision: str, sampler: Sampler, dialogues: Sequence[Turns]) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def own_prompts(path: pathlib.Path, sampler: Sampler, params: Params, tokenizer:
     text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True)
     prefix = tuple(tokenizer.encode(text.split(_MARK)[0], add_special_tokens=False))
     drawn = dataclasses.replace(sampler, temperature=_OWN_TEMPERATURE, max_new_tokens=_OWN_LENGTH)
-    console.print(f"writing {count} prompts", highlight=False)
+    console.print(f"writing {words.count(count, 'prompt')}", highlight=False)
     requests = (Request(key=number, prompt=prefix) for number in range(count))
     ended = [c for c in drawn.run(params, requests, seed=seed) if c.tokens[-1] in sampler.stop_tokens]
     texts = (tk.decode(tokenizer, c.tokens).strip() for c in sorted(ended, key=lambda c: c.request.key))
@@ -233,7 +235,8 @@ def make(store: AnswerStore, sampler: Sampler, params: Params, tokenizer: Any, d
 
     too_long = sum(request(dialogue, ()) is None for dialogue in range(len(dialogues)))
     if too_long:
-        console.print(f"answering: {too_long} dialogues begin with more than {sampler.max_len // 2} tokens and are left out",
+        console.print(f"answering: {words.count(too_long, 'dialogue is', 'dialogues are')} left out, which begin with "
+                      f"more than {sampler.max_len // 2} tokens",
                       highlight=False, soft_wrap=True)
     made: dict[int, list[tuple[int, ...]]] = {}
     for dialogue, _, length, tokens in sorted(store.found(), key=lambda row: row[:2]):
@@ -242,7 +245,8 @@ def make(store: AnswerStore, sampler: Sampler, params: Params, tokenizer: Any, d
     waiting = [found for found in pending if found is not None]
     if not waiting:
         return
-    console.print(f"answering: {len(dialogues)} dialogues, {sum(map(len, made.values()))} answers found in "
+    found = words.count(sum(map(len, made.values())), "answer")
+    console.print(f"answering: {words.count(len(dialogues), 'dialogue')}, {found} found in "
                   f"{store.directory}", highlight=False, soft_wrap=True)
 
     def follow_up(completion: Completion) -> Request | None:
