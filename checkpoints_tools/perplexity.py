@@ -29,6 +29,7 @@ from specmq_jax.errors import NotFiniteError, UserError
 from specmq_jax.llama import Llama
 from specmq_jax.model import Params, check_tokens
 from specmq_jax.tokenizer import load_tokenizer
+from specmq_jax.words import count
 
 _ROWS = 256  # of logits at a time: 256 x 128256 in f32 are 131 MB
 
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     tokens = check_tokens(read_tokens(pathlib.Path(given.text), load_tokenizer(outline.directory)), outline.config)
     model = sm.load(outline.directory, given.precision)
     found = perplexity(model, tokens, length)
-    print(f"perplexity {found.value:.4f} | {found.tokens} tokens in windows of {length} | {model.precision} | "
+    print(f"perplexity {found.value:.4f} | {count(found.tokens, 'token')} in windows of {length} | {model.precision} | "
           f"{found.seconds:.1f} s")
 
 

@@ -15,6 +15,7 @@ from checkpoints_tools.readers.weight_files import WeightFiles
 from checkpoints_tools.shards import save_tensors
 from specmq_jax.errors import UserError
 from specmq_jax.formats import peak
+from specmq_jax.words import count
 
 _FILE = "rotation.safetensors"
 _NAME = "rotation"
@@ -83,5 +84,5 @@ def _read_matrix(path: pathlib.Path) -> np.ndarray:
 
 def _only_name(path: pathlib.Path, tensors: Collection[str]) -> str:
     if _NAME not in tensors and len(tensors) != 1:
-        raise UserError(f"{path} holds {len(tensors)} tensors; expected one, or one of the name {_NAME!r}")
+        raise UserError(f"{path} holds {count(len(tensors), 'tensor')}; expected one, or one of the name {_NAME!r}")
     return _NAME if _NAME in tensors else next(iter(tensors))

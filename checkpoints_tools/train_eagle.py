@@ -25,6 +25,7 @@ from specmq_jax.checkpoint import check_destination
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 from specmq_jax.model import Model, load
+from specmq_jax.words import count
 
 USAGE = "python -m checkpoints_tools.train_eagle MODEL DST --prompts=FILE"
 
@@ -88,8 +89,8 @@ def train(source: str, destination: pathlib.Path, settings: Settings, console: C
     config = head_files.new_config(official, target.config)
     tokens = sum(len(sequences.tokens[index]) for index in inside)
     updates = max(1, round(settings.epochs * tokens / (settings.batch * settings.length)))
-    console.print(f"training: {len(inside)} answers of {tokens} tokens with their prompts, {len(outside)} held out; {updates} "
-                  f"updates of {settings.batch} x {settings.length} tokens", highlight=False, soft_wrap=True)
+    console.print(f"training: {count(len(inside), 'answer')} of {tokens} tokens with the prompts, {len(outside)} held out; "
+                  f"{count(updates, 'update')} of {settings.batch} x {settings.length} tokens", highlight=False, soft_wrap=True)
     objective = Objective(target=target.config, head=config, steps=settings.drafts,
                           dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     schedule = Schedule(steps=updates, batch=settings.batch, length=settings.length, learning_rate=settings.learning_rate,

@@ -13,6 +13,7 @@ from experiments import answers, methods
 from experiments.answers import Answer
 from specmq_jax import formats
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def find(address: str, *, unfinished: bool = False) -> list[Run]:
         return read(pathlib.Path(address), unfinished=unfinished)
     found = read(pathlib.Path(name), unfinished=unfinished)
     if not 1 <= int(number) <= len(found):
-        raise UserError(f"{address}: {name} holds {len(found)} run{'s' if len(found) > 1 else ''}, numbered from 1")
+        raise UserError(f"{address}: {name} holds {count(len(found), 'run')}, numbered from 1")
     return [found[int(number) - 1]]
 
 

@@ -11,6 +11,7 @@ from experiments.published import Published
 from experiments.questions import Parse
 from experiments.scoring import Scorer
 
+_TITLES = {"mt_bench": "MT-Bench", "spec_bench": "Spec-Bench", "gsm8k": "GSM8K", "human_eval": "HumanEval"}
 PUBLISHED = "published"
 """What stands for the published questions where a question file can be named."""
 
@@ -66,6 +67,11 @@ class Benchmark:
     max_length: int = 0
     task: Callable[[str], str] | None = None
     scorer: Scorer | None = None
+
+    @property
+    def title(self) -> str:
+        """What its authors call it."""
+        return _TITLES.get(self.name, self.name)
 
     def question_file(self, named: str | None) -> pathlib.Path:
         """The file that a flag names: a path, "published", or None for the sample.

@@ -14,11 +14,13 @@ from rich.console import Console
 from experiments import answer_runs, flags, questions, report, runner, scoring
 from experiments.answer_runs import Run
 from experiments.benchmark import Benchmark
+from experiments.cells import percent
 from experiments.flags import Settings
 from experiments.questions import Question
 from experiments.runner import Result
 from experiments.scoring import Score, Scorer
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 _SCORE = absl_flags.DEFINE_list(
     "score", None, "Answer files (JSONL) to score, finished or not, instead of a run: FILE, or FILE#N for the Nth run in it. "
@@ -85,8 +87,8 @@ def score_files(benchmark: Benchmark, addresses: Sequence[str], question_file: s
 
 
 def _in_words(score: Score) -> str:
-    return (f"{score.metric} {score.share:.1%}, {score.right} of {len(score.verdicts)} answers right; "
-            f"{len(score.verdicts)} of {score.questions} questions answered")
+    return (f"{score.metric} {percent(score.share, 1)}, {score.right} of {count(len(score.verdicts), 'answer')} right; "
+            f"{len(score.verdicts)} of {count(score.questions, 'question')} answered")
 
 
 def _runs(address: str) -> list[Run]:

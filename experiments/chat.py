@@ -27,6 +27,7 @@ from experiments.answer_view import AnswerView
 from experiments.assistant import Assistant
 from specmq_jax import errors, metrics
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 _PROMPT = "> "
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -121,7 +122,7 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": question}]
         prompt = self._model.encode(asked)
         if len(prompt) >= self._model.max_length:
-            raise UserError(f"the dialogue has {len(prompt)} tokens with this message, and the cache holds "
+            raise UserError(f"the dialogue has {count(len(prompt), 'token')} with this message, and the cache holds "
                             f"{self._model.max_length}; /save FILE keeps it, /reset begins a new one, and a larger "
                             "--max_length, up to the model's own limit, holds more")
         text, said = self._model.answer_text(), []
@@ -171,7 +172,7 @@ class Chat:
             raise UserError(f"{name} can't be written: {getattr(error, 'strerror', None) or error}; choose another name"
                             ) from None
         self._saved.add(path.resolve())
-        self._say(f"(saved {len(self.messages)} messages to {path})")
+        self._say(f"(saved {count(len(self.messages), 'message')} to {path})")
 
     def _write(self, path: pathlib.Path) -> None:
         content = {"model": self._model.name, "method": self.method, "messages": self.messages}

@@ -142,7 +142,7 @@ def summary(settings: Settings, bench: Workbench, findings: Findings, real: Mapp
     """Everything that was found, as JSON values: seconds, tokens a round, tokens/s."""
     return {
         "device": metrics.device_name(), "jax": jax.__version__, "model": settings.models.target_name,
-        "precision": bench.precision, "benchmark": settings.benchmark.name,
+        "precision": bench.precision, "benchmark": settings.benchmark.title,
         "answers": findings.answers, "tokens": findings.tokens,
         "sampling": repr(settings.sampling), "top_k": settings.models.tree.top_k,
         "verify": {name: dict(zip(map(str, curve.at), curve.seconds, strict=True)) for name, curve in findings.verify.items()},

@@ -60,14 +60,15 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     panels = 3 if speculating else 1
     figure = Figure(figsize=(1.2 + 4.4 * panels, 4.0), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _speeds(axes[0], figures, palette, summary["questions"])
+    asked = f"{summary['benchmark']}, {count(summary['questions'], 'question')}"
+    _speeds(axes[0], figures, palette, asked)
     if speculating:
         _accept_lengths(axes[1], speculating, palette)
         _depths(axes[2], speculating, palette)
     for panel in axes:
         _clean(panel)
-    figure.suptitle(f"{summary['model']} at {summary['precision']} on {summary['device']}\n{summary['benchmark']}, "
-                    f"{count(summary['questions'], 'question')}", fontsize=11)
+    figure.suptitle(f"{summary['model']} at {summary['precision']} on {summary['device']}\n{asked}",
+                    fontsize=11)
     save(figure, path)
 
 
@@ -82,7 +83,7 @@ def save(figure: Figure, path: pathlib.Path) -> None:
     tables.write(path, picture.getvalue())
 
 
-def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any], questions: int) -> None:
+def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any], asked: str) -> None:
     heights = [figure["tokens_per_second"] or 0.0 for figure in figures.values()]
     bars = panel.bar(list(figures), heights, width=0.55, color=[palette[method] for method in figures])
     labels = [number(figure["tokens_per_second"], 1)
@@ -91,7 +92,7 @@ def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any],
     panel.bar_label(bars, labels, padding=2)
     panel.set_ylim(0, max(heights) * 1.2 or 1.0)
     panel.set_xlim(-0.7, max(len(figures), 2) - 0.3)
-    panel.set_ylabel("tokens/s" + (f", mean over {questions} questions" if questions > 1 else ""))
+    panel.set_ylabel(f"tokens/s ({asked})")
     panel.set_title("Speed", fontsize=10)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from experiments import records
 from experiments.records import Record
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 SAMPLES = pathlib.Path(__file__).parent / "data"
 SMALL = SAMPLES / "mt_bench_small.jsonl"
@@ -76,7 +77,7 @@ def load(path: pathlib.Path, begin: int = 0, end: int | None = None, *, parse: P
         raise UserError(f"{path} holds no questions; expected one JSON object a line")
     end = len(found) if end is None else end
     if end > len(found):
-        raise UserError(f"--question_end={end} lies past the {len(found)} questions of {path}; choose at most "
+        raise UserError(f"--question_end={end} lies past the {count(len(found), 'question')} of {path}; choose at most "
                         f"{len(found)}")
     if not 0 <= begin < end:
         raise UserError(f"--question_begin={begin} and --question_end={end} leave no question; the first must be 0 or "

@@ -58,7 +58,7 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
         "python": platform.python_version(), "model": settings.models.target_name, "precision": measured["precision"],
         "reproducible": settings.reproducible, "max_length": measured["max_length"],
         "prefill_tokens": measured["phase_prompt_tokens"], "max_new_tokens": settings.max_new_tokens,
-        "sampling": _words(settings.sampling), "benchmark": settings.benchmark.name, "questions": len(results[0].answers),
+        "sampling": _words(settings.sampling), "benchmark": settings.benchmark.title, "questions": len(results[0].answers),
         "turns": sum(len(answer.new_tokens) for answer in results[0].answers),
         "question_file": settings.question_file.name,
         "methods": {result.method: _figures(result, base, _chosen(settings, result.method)) | {

@@ -11,6 +11,7 @@ from typing import Any
 from experiments.answers import Answer
 from experiments.questions import Question
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 _WORKERS = 4
 """As many as the published harness of HumanEval runs: more would eat into the time that each program has."""
@@ -82,8 +83,9 @@ def score(scorer: Scorer, found: Sequence[Answer], asked: Sequence[Question]) ->
     by_id = {question.id: question for question in asked}
     for answer in found:
         if answer.question_id not in by_id:
-            raise UserError(f"question {answer.question_id!r} was answered and is not among the {len(asked)} questions to "
-                            "score by; give the questions that were asked with --question_file=FILE")
+            raise UserError(f"question {answer.question_id!r} was answered and is not among the "
+                            f"{count(len(asked), 'question')} to score by; give the questions that were asked with "
+                            "--question_file=FILE")
         if not answer.texts:
             raise UserError(f"the answer to question {answer.question_id!r} holds no text to score")
     # what Python warns of in programs that are judged is nothing to their reader

@@ -14,10 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from experiments import chat_protocol as protocol
 from experiments.answer_text import AnswerText
+from experiments.cells import number
 from experiments.chat_protocol import ChatRequest, Json, RequestError
 from experiments.model_queue import ModelQueue, QueueStoppedError
 from experiments.request_sampling import RequestKey
+from specmq_jax import metrics
 from specmq_jax.errors import NotFiniteError, UserError
+from specmq_jax.words import count
 
 _Result = TypeVar("_Result")
 _TOLD = (UserError, QueueStoppedError)
@@ -77,7 +80,8 @@ class Answer:
                        "system_fingerprint": model.fingerprint}
         self._prompt_tokens, self._text = len(prompt), model.answer_text(asked.stop_strings)
         self._ticket = queue.submit(lambda: model.stream(prompt, asked.most_tokens, _key(model, asked)))
-        self._start, self._rounds, self._outcome = time.perf_counter(), 0, "given up by the client"
+        self._first = self._last = 0.0  # when the first tokens came, and the newest
+        self._outcome = "given up by the client"
 
     async def whole(self) -> Json:
         """The completion object. `close` must follow."""
@@ -104,18 +108,17 @@ class Answer:
     def close(self) -> None:
         """Frees the model, behind the round on its way, and the place in the queue; to be called however the answer ended."""
         self._ticket.cancel()
-        made, seconds = max(self._text.tokens - 1, 0), time.perf_counter() - self._start
-        speed = f", {made / seconds:.1f} tokens/s, {made / self._rounds:.2f} a round" if self._rounds else ""
-        self._log(f"{self._prompt_tokens} + {self._text.tokens} tokens, {self._outcome}{speed}")
+        made = metrics.speed([self._text.tokens], [self._last - self._first])
+        speed = "" if made is None else f", {number(made, 1)} tokens/s"
+        self._log(f"{self._prompt_tokens} + {count(self._text.tokens, 'token')}, {self._outcome}{speed}")
 
     async def _parts(self) -> AsyncIterator[str]:
         """The answer's text, a round's at a time."""
         try:
             async for tokens in self._ticket:
+                self._last = time.perf_counter()
                 if not self._text.tokens:
-                    self._start = time.perf_counter()  # the first token comes with the prompt, not with a round
-                else:
-                    self._rounds += 1
+                    self._first = self._last  # what came before was waiting and the prefill
                 yield self._text.add(tokens)
                 if self._text.ended:
                     self._ticket.cancel()

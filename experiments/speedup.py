@@ -66,10 +66,11 @@ def main(argv: Sequence[str]) -> None:
     base, *others = (run.by_task(task) if task else run for run in over_same_questions(base, others, common=given.common))
     rows = compared(base, others)
     show(rows, tables.stdout())
+    benchmark = BENCHMARKS[given.benchmark].title if given.benchmark else None
     writers: Mapping[str, Callable[[pathlib.Path], None]] = {
         "csv": lambda path: tables.write(path, tables.comma_separated(FIELDS, rows)),
         "markdown": lambda path: tables.write(path, tables.markdown(_COLUMNS, rows, texts=2)),
-        "plot": lambda path: plots.plot_speedups(bars(rows), path, base=rows[0].label, title=_title(rows, given.benchmark))}
+        "plot": lambda path: plots.plot_speedups(bars(rows), path, base=rows[0].label, title=_title(rows, benchmark))}
     for flag, path in files.items():
         writers[flag](path)
 

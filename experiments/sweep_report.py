@@ -93,7 +93,7 @@ def report(sweep: Prepared, failures: Mapping[str, str], console: Console, *, sc
             file = row.cell.answers()
             scoring.write(file.path, [(file.found[0].model_id, row.score)])
     title = (f"{_names(found)} on {sweep.device}\n{count(sweep.questions, 'question')} of "
-             f"{sweep.benchmark.name} ({sweep.cells[0].settings.question_file.name})")
+             f"{sweep.benchmark.title} ({sweep.cells[0].settings.question_file.name})")
     console.print(title, highlight=False, markup=False)
     _print_table(found, console)
     failed = [f"failed: {name}: {error}" for name, error in failures.items()]

@@ -22,6 +22,7 @@ from pallas_kernels.search import NoYardstickError, OutOfTimeError, Result, Sear
 from pallas_kernels.w4a16.api import GROUP_SIZES
 from specmq_jax import errors
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 
 class Tables:
@@ -84,7 +85,7 @@ def run(found: Sequence[Problem], tables: Tables, search: Search, *, retune: boo
     known = {op: tables.read(op) for op in dict.fromkeys(problem.op for problem in found)}
     pending = [problem for problem in found if retune or not known[problem.op].keys() >= set(problem.keys)]
     if len(pending) < len(found):
-        print(f"{len(found) - len(pending)} of {len(found)} problems are skipped: the tables have them (--all tunes them "
+        print(f"{len(found) - len(pending)} of {count(len(found), 'problem')} skipped: in the tables already (--all tunes "
               "again)", flush=True)
     for op in dict.fromkeys(problem.op for problem in pending):
         tables.prepare(op)
@@ -93,8 +94,8 @@ def run(found: Sequence[Problem], tables: Tables, search: Search, *, retune: boo
         try:
             result = best(problem, search)
         except OutOfTimeError:
-            print(f"{problem.op} {problem.keys[0]}: the time is up; {len(pending) - done} problems are left for a further "
-                  "run", flush=True)
+            left = count(len(pending) - done, "problem is", "problems are")
+            print(f"{problem.op} {problem.keys[0]}: the time is up; {left} left for a further run", flush=True)
             return
         except NoYardstickError as error:
             print(f"{problem.op} {problem.keys[0]}: not tuned, {error}", flush=True)
@@ -108,7 +109,7 @@ def _told(result: Result) -> str:
                       for before, after in zip(result.heuristic_seconds, result.seconds, strict=True))
     failed = f", {len(result.failed)} failed ({result.failed[0]})" if result.failed else ""
     wrong = f", {result.wrong} gave another result" if result.wrong else ""
-    return f"{times} with {result.config}; {result.tried} configs{failed}{wrong}"
+    return f"{times} with {result.config}; {count(result.tried, 'config')}{failed}{wrong}"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -125,8 +126,8 @@ def main(argv: Sequence[str]) -> None:
                         "install specmq-jax[cuda12] or [cuda13] on a machine with one")
     found = [problem for op in ops for problem in problems.find(op, models, rows, group_sizes)]
     tables = Tables(pathlib.Path(given.output) if given.output else None)
-    print(f"{jax.devices()[0].device_kind}: {len(found)} problems, into {', '.join(str(tables.path(op)) for op in ops)}",
-          flush=True)
+    places = ", ".join(str(tables.path(op)) for op in ops)
+    print(f"{jax.devices()[0].device_kind}: {count(len(found), 'problem')}, into {places}", flush=True)
     deadline = time.monotonic() + given.budget_s if given.budget_s else None
     run(found, tables, Search(most=given.candidates, deadline=deadline), retune=given.all)
 

@@ -13,6 +13,7 @@ from checkpoints_tools.readers.hf import HuggingFaceReader
 from specmq_jax import formats
 from specmq_jax.errors import UserError
 from specmq_jax.formats import GroupedInt4, Int4GroupFormat, Logical
+from specmq_jax.words import count
 
 SCALE_TYPES = ("F16", "BF16", "F32")
 Part = tuple[Shape, tuple[str, ...]]
@@ -189,7 +190,7 @@ def row_order(name: str, groups: Int32[np.ndarray, "K"], group_size: int) -> Int
     counts, wanted = np.bincount(groups, minlength=expected[-1] + 1), np.bincount(expected)
     if not np.array_equal(counts, wanted):
         group = int(np.flatnonzero(counts != wanted)[0])
-        raise UserError(f"{name} puts {counts[group]} rows into group {group}; expected {wanted[group]}")
+        raise UserError(f"{name} puts {count(counts[group], 'row')} into group {group}; expected {wanted[group]}")
     return np.argsort(groups, kind="stable").astype(np.int32)
 
 

@@ -22,6 +22,7 @@ from checkpoints_tools.training.objective import Acceptance, Objective
 from checkpoints_tools.training.rows import Rows
 from specmq_jax.checkpoint import quiet
 from specmq_jax.errors import UserError
+from specmq_jax.words import count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class Trainer:
             order = np.random.default_rng([self.schedule.seed, epoch]).permutation(training)
             packed = row_packing.pack(sequences, order, self.schedule.length)
             if len(packed) < self.schedule.batch:
-                raise UserError(f"the answers fill {len(packed)} rows of {self.schedule.length} tokens, a batch needs "
+                raise UserError(f"the answers fill {count(len(packed), 'row')} of {self.schedule.length} tokens, a batch needs "
                                 f"{self.schedule.batch}; give more prompts, or a smaller --batch")
             for first in range(0, len(packed) - self.schedule.batch + 1, self.schedule.batch):
                 number += 1
@@ -140,7 +141,7 @@ class Trainer:
             batch = {key: np.pad(value, ((0, missing), (0, 0))) for key, value in batch.items()}
             counts += np.asarray(self._evaluate(params, self._target, self._ids, batch)["counts"])
         found = Acceptance.of(counts)
-        self._note(f"held out after {step} updates: chain accept length {found.accept_length:.3f}, hit rates "
+        self._note(f"held out after {count(step, 'update')}: chain accept length {found.accept_length:.3f}, hit rates "
                    f"{' '.join(f'{rate:.3f}' for rate in found.hit_rates)}",
                    step=step, held_out_accept_length=found.accept_length, held_out_hit_rates=found.hit_rates)
         return found

@@ -46,7 +46,7 @@ def test_a_malformed_line_is_named_with_its_fault(tmp_path, line, fault):
 
 
 @pytest.mark.parametrize(("begin", "end", "fault"), [
-    (0, 2, "--question_end=2 lies past the 1 questions"), (1, None, "leave no question"), (1, 1, "leave no question"),
+    (0, 2, "--question_end=2 lies past the 1 question of"), (1, None, "leave no question"), (1, 1, "leave no question"),
     (-1, 1, "leave no question"),
 ])
 def test_a_range_outside_the_file_is_an_error(tmp_path, begin, end, fault):

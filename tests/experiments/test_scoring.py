@@ -17,6 +17,7 @@ from experiments.records import Record
 from experiments.scoring import Scorer, Verdict
 from specmq_jax import metrics
 from specmq_jax.errors import UserError
+from specmq_jax.words import count as counted
 
 WORKED = [("What is 6 * 7?", "#### 42"), ("What is 2 + 2?", "#### 4"), ("What is 1000 + 1?", "#### 1,001")]
 
@@ -62,7 +63,7 @@ def test_a_partial_file_says_how_much_it_holds_and_stays_as_it_is(answers, quest
     answers.write_text(answer(0, "The answer is 42.") + unfinished)
     before, count = answers.read_bytes(), 2 if unfinished.endswith("}") else 1
     assert score_lines(answers, question_file)[0] == (
-        f"answers.jsonl: accuracy 100.0%, {count} of {count} answers right; {count} of 3 questions answered")
+        f"answers.jsonl: accuracy 100.0%, {count} of {counted(count, 'answer')} right; {count} of 3 questions answered")
     assert answers.read_bytes() == before
 
 
@@ -105,7 +106,7 @@ def test_the_command_scores_and_names_what_it_can_not(answers, question_file):
     answers.write_text(answer(0, "The answer is 42."))
     result = command("gsm8k", f"--score={answers}", f"--question_file={question_file}")
     assert result.returncode == 0, result.stderr
-    assert "accuracy 100.0%, 1 of 1 answers right; 1 of 3 questions answered" in result.stdout
+    assert "accuracy 100.0%, 1 of 1 answer right; 1 of 3 questions answered" in result.stdout
     fails_with(command("spec_bench", f"--score={answers}"), "spec_bench measures speed alone")
 
 

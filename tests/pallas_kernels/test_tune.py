@@ -151,7 +151,7 @@ def test_known_problems_are_skipped_until_they_are_asked_for(package, capsys):
     capsys.readouterr()
     run(found, tables, Search())
     assert table(tables) == {"a": {"work": 5, "fault": None}} | {"b": before["a"]}
-    assert capsys.readouterr().out.startswith("1 of 2 problems are skipped")
+    assert capsys.readouterr().out.startswith("1 of 2 problems skipped")
     run(found, tables, Search(), retune=True)
     assert table(tables)["a"] == before["a"]
 
@@ -180,7 +180,7 @@ def test_an_interrupted_run_keeps_what_it_had_decided(package):
 def test_a_problem_without_time_or_yardstick_is_left(package, capsys):
     tables, found = Tables(None), problem("a", FakeConfig(work=1))
     run([found], tables, Search(deadline=time.monotonic()))
-    assert "a: the time is up; 1 problems are left" in capsys.readouterr().out
+    assert "a: the time is up; 1 problem is left" in capsys.readouterr().out
     for fault, told in (("refused", "fails: no room"), ("wrong", "is not the reference's")):
         run([problem("b", heuristic=FakeConfig(fault=fault)), found], tables, Search(), retune=True)
         assert "fake b: not tuned, " in (out := capsys.readouterr().out) and told in out
