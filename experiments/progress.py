@@ -41,8 +41,8 @@ def progress(console: Console, method: str, *, total: int, done: int) -> Iterato
 
 
 def speed(answer: Answer) -> str:
-    """An answer's tokens/s and a comma, or nothing where it has no speed."""
-    return "" if answer.speed is None else f"{number(answer.speed, 1)} tokens/s, "
+    """An answer's tokens/s, or nothing where it has no speed."""
+    return "" if answer.speed is None else f"{number(answer.speed, 1)} tokens/s"
 
 
 class _Lines:
@@ -61,8 +61,9 @@ class _Lines:
     def answered(self, answer: Answer) -> None:
         self._done += 1
         self._pace.count()
-        self.note(f"question {self._done} of {self._total} ({answer.category}), {speed(answer)}"
-                  f"{self._pace.left(self._total - self._done)}")
+        left = self._pace.left(self._total - self._done) if self._done < self._total else ""
+        parts = [f"question {self._done} of {self._total} ({answer.category})", speed(answer), left]
+        self.note(", ".join(filter(None, parts)))
 
 
 class _Bar:
@@ -82,4 +83,5 @@ class _Bar:
     def answered(self, answer: Answer) -> None:
         self._done += 1
         self._pace.count()
-        self._bars.update(self._task, advance=1, more=f"{speed(answer)}{self._pace.left(self._total - self._done)}")
+        parts = [speed(answer), self._pace.left(self._total - self._done)]
+        self._bars.update(self._task, advance=1, more=", ".join(filter(None, parts)))
