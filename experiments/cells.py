@@ -15,6 +15,11 @@ def number(value: float | None, digits: int) -> str:
     return f"{value:.1g}" if value and not float(shown) else shown
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """With so many digits, and every one of a larger number's whole part."""
+    return f"{value:.0f}" if abs(value) >= 10 ** digits else f"{value:.{digits}g}"
+
+
 def milliseconds(seconds: float | None, digits: int = 2) -> str:
     """A time in ms. A negative one, which only a difference of times can be, was not measured."""
     return number(1e3 * seconds, digits) if seconds is not None and seconds >= 0 else NO_VALUE

@@ -132,9 +132,9 @@ def _columns(findings: Findings, real: Mapping[str, float | None]) -> tables.Cel
         "round\nms": lambda best: milliseconds(best.seconds),
         "fastest to\nslowest run": lambda best: " to ".join(map(milliseconds, best.spread)) if best.spread else NO_VALUE,
         "measured\ntokens/s": lambda best: number(real.get(best.choice.method), 1),
-        "off by": lambda best: change(off(best)),
+        "tokens/s\noff by": lambda best: change(off(best)),
         "measured\nspeedup": lambda best: times(real_speedup(best)),
-        "off\nby": lambda best: change(speedup_off(best)),
+        "speedup\noff by": lambda best: change(speedup_off(best)),
     }
 
 

@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 from rich.console import Console
 
 from experiments import flags, tables
-from experiments.cells import NO_VALUE, number, times
+from experiments.cells import NO_VALUE, number, significant, times
 from pallas_kernels import cases, timing, tune
 from pallas_kernels.cases import Case, ModelShape
 from pallas_kernels.timing import Loop, Plan, Timing
@@ -268,8 +268,8 @@ _COLUMNS: Mapping[str, Callable[[Line], str]] = {
     "shape": lambda line: line.shape, "rows": lambda line: str(line.rows),
     "us": lambda line: _microseconds(line.seconds),
     "spread": lambda line: _microseconds(line.spread),
-    "MB": lambda line: f"{line.traffic / 1e6:.3g}",
-    "GB/s": lambda line: NO_VALUE if line.bandwidth is None else f"{line.bandwidth / 1e9:.3g}",
+    "MB": lambda line: significant(line.traffic / 1e6),
+    "GB/s": lambda line: NO_VALUE if line.bandwidth is None else significant(line.bandwidth / 1e9),
     "XLA\nus": lambda line: _microseconds(line.xla_seconds),
     "of\nXLA": lambda line: times(metrics.ratio(line.seconds, line.xla_seconds)),
     "Marlin\nus": lambda line: _microseconds(line.marlin_seconds, 1),

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels import attention, dense, mlp, norm, rope, top_k, w4a8, w4a16, w8a8, w8a16
 from pallas_kernels.partials import add_up
+from specmq_jax.words import count
 
 _CACHE_BLOCK = 128
 
@@ -242,7 +243,7 @@ def add_norm(rows: int, columns: int, splits: int) -> Case:
     def run(config, implementation, *operands):
         return norm.add_rms_norm(*operands, eps=1e-5, out_dtype=jnp.float16, config=config, implementation=implementation)
 
-    return Case(label=f"{columns} of {splits} sums", rows=rows, make=make, run=run,
+    return Case(label=f"{columns} of {count(splits, 'sum')}", rows=rows, make=make, run=run,
                 traffic=rows * columns * (4 + 4 * splits + 4 + 2) + 4 * columns)
 
 
@@ -260,7 +261,7 @@ def rounded_add_norm(rows: int, columns: int, splits: int) -> Case:
         owed = () if scale is None else (scale.squares,)
         return (total, *w8a8.quantise_rows(values, peaks=peaks, implementation=implementation), *owed)
 
-    return Case(label=f"{columns} of {splits} sums", rows=rows, make=make, run=run,
+    return Case(label=f"{columns} of {count(splits, 'sum')}", rows=rows, make=make, run=run,
                 traffic=rows * columns * (4 + 2 * splits + 4 + 1) + 4 * columns)
 
 
@@ -280,7 +281,7 @@ def rope_append(rows: int, model: ModelShape, splits: int) -> Case:
         return rope.rope_append(*operands, heads=heads, kv_heads=kv_heads, head_dim=head_dim, config=config,
                                 implementation=implementation)
 
-    return Case(label=f"{heads}/{kv_heads}x{head_dim} of {splits} sums", rows=rows, make=make, run=run,
+    return Case(label=f"{heads}/{kv_heads}x{head_dim} of {count(splits, 'sum')}", rows=rows, make=make, run=run,
                 traffic=rows * features * (4 * splits + 2) + 4 * rows * head_dim, carried={3: 1, 4: 2})
 
 
@@ -290,7 +291,7 @@ def silu_mul(rows: int, intermediate: int, splits: int) -> Case:
     def make(key: Array):
         return (jax.random.normal(key, (splits, rows, 2 * intermediate)),)
 
-    return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make,
+    return Case(label=f"{intermediate} of {count(splits, 'sum')}", rows=rows, make=make,
                 run=lambda config, implementation, gate_up: (mlp.silu_mul(gate_up, out_dtype=jnp.float16)[0],),
                 traffic=rows * intermediate * (8 * splits + 2))
 
@@ -305,7 +306,7 @@ def rounded_silu_mul(rows: int, intermediate: int, splits: int) -> Case:
         values, peaks = mlp.silu_mul(gate_up, out_dtype=jnp.float16, with_peaks=True, implementation=implementation)
         return w8a8.quantise_rows(values, peaks=peaks, implementation=implementation)
 
-    return Case(label=f"{intermediate} of {splits} sums", rows=rows, make=make, run=run,
+    return Case(label=f"{intermediate} of {count(splits, 'sum')}", rows=rows, make=make, run=run,
                 traffic=rows * intermediate * (4 * splits + 1))
 
 

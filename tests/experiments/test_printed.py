@@ -15,7 +15,7 @@ from rich.console import Console
 from test_report import table_cells
 
 from experiments import answer_runs, colors, cost_plots, figures, methods, plots, progress, report, runner, speedup, tables
-from experiments.cells import NO_VALUE, change, milliseconds, number, part, percent, times
+from experiments.cells import NO_VALUE, change, milliseconds, number, part, percent, significant, times
 from experiments.cost_search import Costs, chains
 from experiments.cost_study import Findings
 from experiments.methods import Choice
@@ -38,7 +38,8 @@ def test_what_is_counted_is_singular_for_one_alone():
     (number(-0.0, 1), "0.0"), (number(None, 1), "-"), (milliseconds(0.0), "0.00"), (milliseconds(-0.000327), "-"),
     (milliseconds(1e-6), "0.001"), (change(-0.0001), "+0.0%"), (change(0.031), "+3.1%"), (part(1.01), ">100%"),
     (part(1.001), "100%"), (part(0.27), "27%"), (report.identical(0.942), "94.2%"), (report.identical(1.0), "100%"),
-    (report.identical(0.57), "57%"), (report.identical(0.99996), ">99.9%")])
+    (report.identical(0.57), "57%"), (significant(3117.2), "3117"), (significant(0.004861), "0.00486"),
+    (significant(12.34), "12.3"), (report.identical(0.99996), ">99.9%")])
 def test_a_figure_is_written_so_that_rounding_makes_nothing_untrue(shown, right):
     assert shown == right
 
