@@ -85,7 +85,8 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 
 def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any], asked: str) -> None:
     heights = [figure["tokens_per_second"] or 0.0 for figure in figures.values()]
-    bars = panel.bar(list(figures), heights, width=0.55, color=[palette[method] for method in figures])
+    names = [f"{method}:\n{figure['chosen']['method']}" if figure["chosen"] else method for method, figure in figures.items()]
+    bars = panel.bar(names, heights, width=0.55, color=[palette[method] for method in figures])
     labels = [number(figure["tokens_per_second"], 1)
               + (f"\n{times(figure['speedup'])}" if figure["speedup"] is not None and method != "baseline" else "")
               for method, figure in figures.items()]

@@ -137,7 +137,7 @@ def _remarks(summary: Summary) -> list[str]:
         lines.append(f"At {summary['precision']} a last bit that differs becomes a whole code of an activation; with "
                      "--reproducible no last bit depends on how many rows a method verifies at once.")
     slow = [method for method, figure in figures.items()
-            if figure["expanded_drafter"] and (figure["speedup"] is None or figure["speedup"] < 1)]
+            if figure["expanded_drafter"] and figure["speedup"] is not None and figure["speedup"] < 1]
     if slow:
         lines.append(f"On a CPU, low-bit weights are expanded to f32: a token that the small model of {' and '.join(slow)} "
                      "makes costs as much as one of the target, so no speedup can be expected there.")

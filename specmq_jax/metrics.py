@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int64
 
 from specmq_jax.memory import room
 
-_COPIES, _LEAST_COPY = 16, 256 * 2**20
+_COPIES, _LEAST_COPY = 8, 256 * 2**20
 
 
 def speed(new_tokens: Sequence[int], seconds: Sequence[float]) -> float | None:
