@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import types
 
 import pytest
 from benches import FakeBench, fake_plan, make_settings
@@ -12,9 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_answers import write as write_answers
 from rich.console import Console
+from rich.progress import TimeRemainingColumn
 from test_report import table_cells
 
-from experiments import answer_runs, colors, cost_plots, figures, methods, plots, progress, report, runner, speedup, tables
+from checkpoints_tools import convert
+from experiments import (
+    answer_runs,
+    answer_view,
+    colors,
+    cost_plots,
+    figures,
+    methods,
+    plots,
+    progress,
+    report,
+    runner,
+    speedup,
+    tables,
+)
 from experiments.cells import NO_VALUE, change, milliseconds, number, part, percent, significant, times
 from experiments.cost_search import Costs, chains
 from experiments.cost_study import Findings
@@ -354,3 +370,23 @@ def test_progress_tells_the_time_left_and_a_speed_where_there_is_one(tmp_path, t
         assert "11.2 tokens/s" in printed and "question 2 of 3 (math), about" in printed
 
 
+
+
+def test_a_chat_counts_tokens_as_a_run_does_and_no_time_but_the_rounds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(answer_view, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    console = Console(file=io.StringIO(), width=80)
+    with answer_view.AnswerView(console, console) as view:
+        now[0] = 1.0  # of the prefill
+        view.committed(1)
+        assert view.figures == "1 token"
+        now[0] = 5.0  # of showing the text
+        view.add("a", drafted=False)
+        now[0] = 7.0
+        view.committed(4)
+        now[0] = 99.0
+    assert view.figures == f"5 tokens, {metrics.speed([5], [2.0])} tokens/s, accept length 4.00"
+
+
+def test_the_bar_of_conversions_shows_the_time_left():
+    assert any(isinstance(column, TimeRemainingColumn) for column in convert.progress_bar().columns)
