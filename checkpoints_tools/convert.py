@@ -23,8 +23,9 @@ from checkpoints_tools.arrays import contiguous
 from checkpoints_tools.readers import Reader, open_source
 from checkpoints_tools.readers.base import sha256
 from specmq_jax import errors, formats
-from specmq_jax.checkpoint import CheckpointWriter, cached_checkpoints, check_destination, is_native
+from specmq_jax.checkpoint import CheckpointWriter, cached_checkpoints, is_native
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination
 from specmq_jax.formats import Dense, DenseFormat, Logical, Quantised, Weight, WeightFormat
 from specmq_jax.parameters import Formats, parameter_shapes
 

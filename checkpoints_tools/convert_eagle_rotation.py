@@ -17,12 +17,12 @@ from checkpoints_tools.convert import arguments
 from checkpoints_tools.readers import Reader, hub, open_source
 from checkpoints_tools.rotation_file import load_rotation
 from checkpoints_tools.shards import save_tensors
-from checkpoints_tools.staging import staged
 from specmq_jax import errors
-from specmq_jax.checkpoint import check_destination, write_json
+from specmq_jax.checkpoint import write_json
 from specmq_jax.config import read_json
 from specmq_jax.eagle import ROTATED_TARGET, EagleConfig
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination, staged
 from specmq_jax.formats import dense_values
 from specmq_jax.head import outline_head
 from specmq_jax.head_checks import check_draft_ids, check_finite

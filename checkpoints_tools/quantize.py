@@ -7,7 +7,6 @@ arXiv:2404.00456). A killed run that looks at a text goes on behind its last fin
 """
 
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,8 @@ from checkpoints_tools.quantizers.smooth import INPUTS, Smoothing
 from checkpoints_tools.readers import Reader, open_source
 from checkpoints_tools.rotate import RotatedReader, random_rotation
 from specmq_jax import errors, formats
-from specmq_jax.checkpoint import check_destination
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination, scratch
 from specmq_jax.formats import DenseFormat
 from specmq_jax.tokenizer import load_tokenizer
 
@@ -89,9 +88,9 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
 def _tokenizer(reader: Reader) -> "Tokenizer":
     if reader.tokenizer is None:
         raise UserError(f"{reader.location} has no tokenizer, which a calibration text needs")
-    with tempfile.TemporaryDirectory(prefix="specmq_tokenizer_") as scratch:
-        reader.save_tokenizer(pathlib.Path(scratch))
-        return load_tokenizer(scratch)
+    with scratch("specmq_tokenizer") as directory:
+        reader.save_tokenizer(directory)
+        return load_tokenizer(directory)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -125,6 +124,7 @@ def _smoothing(alpha: str | None, inputs: Sequence[str]) -> Smoothing | None:
 
 def _define_flags() -> None:
     define_head_precision()
+    flags.declare_key_flag("head_precision")
     flags.DEFINE_string("precision", None, "Precision of the layers' linear weights; one of "
                         f"{', '.join(formats.names())}.")
     flags.DEFINE_enum("algorithm", "rtn", ["rtn", "gptq"], "How codes are chosen: rounded to nearest, or by GPTQ.")

@@ -17,6 +17,7 @@ from specmq_jax import errors
 from specmq_jax.config import LlamaConfig
 from specmq_jax.drafters.vocabulary import FORMAT, rank
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_text
 from specmq_jax.tokenizer import load_tokenizer
 
 
@@ -61,10 +62,7 @@ def rank_vocabulary(model: str | pathlib.Path, text: str | pathlib.Path, destina
     sequences = (tokenizer.encode(line, add_special_tokens=False) for line in texts(pathlib.Path(text)))
     ranked = rank(sequences, size)
     content = {"format": FORMAT, "vocab_size": size, "token_ids": ranked.tolist()}
-    try:
-        destination.write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{destination} can't be written: {error.strerror}") from None
+    put_text(destination, json.dumps(content))
     return destination
 
 

@@ -20,8 +20,8 @@ from checkpoints_tools.hadamard import hadamard
 from checkpoints_tools.readers import Reader, open_source
 from checkpoints_tools.rotation_file import check_rotation, save_rotation
 from specmq_jax import errors, formats
-from specmq_jax.checkpoint import check_destination
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination
 from specmq_jax.formats import DenseFormat, Quantised, dense_values
 
 _ROWS = 8192

@@ -21,9 +21,9 @@ from rich.console import Console
 from checkpoints_tools.convert import arguments
 from specmq_jax import errors
 from specmq_jax import tokenizer as tk
-from specmq_jax.checkpoint import check_destination
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination
 from specmq_jax.model import Model, load
 from specmq_jax.words import count
 

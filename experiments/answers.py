@@ -14,7 +14,9 @@ import specmq_jax as sm
 from experiments.questions import Question
 from specmq_jax import metrics
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_json
 
+_GOES_ON = "the answers it holds are kept, and the same command goes on behind them"
 _WAY_OUT = "give another --output_dir, or --noresume to replace them"
 
 
@@ -198,11 +200,7 @@ class AnswerFile:
             raise UserError(f"{self.path} holds answers made with other settings ({'; '.join(changes)}); {_WAY_OUT}")
 
     def _write_sidecar(self) -> None:
-        partial = self.sidecar.with_name(self.sidecar.name + ".part")
-        with _writing(self.sidecar):
-            partial.write_text(json.dumps({"settings": self.settings, "measured": self.measured}, indent=2) + "\n",
-                               encoding="utf-8")
-            partial.replace(self.sidecar)
+        put_json(self.sidecar, {"settings": self.settings, "measured": self.measured}, advice=_GOES_ON)
 
 
 @contextlib.contextmanager
@@ -210,8 +208,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}; the answers it holds are kept, and the same command "
-                        "goes on behind them") from None
+        raise UserError(f"{path} can't be written: {error.strerror}; {_GOES_ON}") from None
 
 
 def _is_json(text: str) -> bool:

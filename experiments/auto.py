@@ -8,7 +8,6 @@ import gc
 import hashlib
 import json
 import pathlib
-import uuid
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from experiments.methods import Choice
 from specmq_jax import metrics
 from specmq_jax.checkpoint import cache_directory
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_json
 
 _LEAST_LENGTH = 512
 """Tokens of the cache that acceptance is seen with; the package's questions and their answers fit."""
@@ -129,10 +129,4 @@ def _kept(path: pathlib.Path) -> Choice | None:
 
 
 def _keep(path: pathlib.Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}; name another cache directory in $SPECMQ_CACHE") from None
+    put_json(path, content, indent=1, parents=True, advice="name another cache directory in $SPECMQ_CACHE")

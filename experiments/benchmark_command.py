@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from experiments.questions import Question
 from experiments.runner import Result
 from experiments.scoring import Score, Scorer
 from specmq_jax.errors import UserError
+from specmq_jax.files import scratch
 from specmq_jax.words import count
 
 _SCORE = absl_flags.DEFINE_list(
@@ -100,8 +100,8 @@ def _runs(address: str) -> list[Run]:
         return answer_runs.find(address)
     if not content.strip() or content.endswith(b"\n") or _is_json(content[content.rfind(b"\n") + 1:]):
         return answer_runs.find(address)
-    with tempfile.TemporaryDirectory() as scratch:
-        whole = pathlib.Path(scratch) / path.name
+    with scratch("specmq_score") as directory:
+        whole = directory / path.name
         whole.write_bytes(content[:content.rfind(b"\n") + 1])
         return [dataclasses.replace(run, path=path) for run in answer_runs.read(whole)]
 

@@ -1,7 +1,6 @@
 """Pictures of a run, of a comparison and of a sweep."""
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import tables
 from experiments.cells import number, times
 from experiments.colors import PLAIN, colors
+from specmq_jax.files import written
 from specmq_jax.words import count
 
 
@@ -52,6 +51,12 @@ class HeatMap:
     values: Mapping[tuple[int | str, int | str], float]
 
 
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Puts a picture in place as a whole, of the kind that its suffix names; errors as in `files.written`."""
+    with written(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix.removeprefix("."))
+
+
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draws tokens/s of each method, and accept lengths and acceptance by depth of those that speculate, as a PNG."""
     figures = summary["methods"]
@@ -70,17 +75,6 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     figure.suptitle(f"{summary['model']} at {summary['precision']} on {summary['device']}\n{asked}",
                     fontsize=11)
     save(figure, path)
-
-
-def save(figure: Figure, path: pathlib.Path) -> None:
-    """Puts the picture in place as a whole; the name's suffix says what kind of picture it is.
-
-    Raises:
-      UserError: the file can't be written.
-    """
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=path.suffix[1:])
-    tables.write(path, picture.getvalue())
 
 
 def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any], asked: str) -> None:

@@ -5,10 +5,10 @@ import hashlib
 import http.client
 import pathlib
 import urllib.request
-import uuid
 
 from specmq_jax.checkpoint import cache_directory
 from specmq_jax.errors import UserError
+from specmq_jax.files import written
 
 _SECONDS = 30
 
@@ -41,13 +41,8 @@ class Published:
         if self.sha256 not in (None, digest):
             raise UserError(f"{self.url} is not the expected file: its SHA-256 is {digest}, expected {self.sha256}; give a "
                             "copy of your own with --question_file=FILE")
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with written(path, parents=True, advice="$SPECMQ_CACHE names another place") as partial:
             partial.write_bytes(content)
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror}; $SPECMQ_CACHE names another place") from None
         return path
 
     def _download(self) -> bytes:

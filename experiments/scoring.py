@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from experiments.answers import Answer
 from experiments.questions import Question
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_json
 from specmq_jax.words import count
 
 _WORKERS = 4
@@ -107,14 +107,8 @@ def write(answer_file: pathlib.Path, scores: Sequence[tuple[str, Score]]) -> pat
       UserError: the place can't be written to.
     """
     path = score_file(answer_file)
-    partial = path.with_name(f"{path.name}.part")
-    text = json.dumps([_record(model_id, score) for model_id, score in scores], indent=2, ensure_ascii=False) + "\n"
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}; copy the answer file to another place and score it there "
-                        "with --score=FILE") from None
+    put_json(path, [_record(model_id, score) for model_id, score in scores],
+             advice="copy the answer file to another place and score it there with --score=FILE")
     return path
 
 

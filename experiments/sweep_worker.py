@@ -19,6 +19,7 @@ from experiments.isolated import Tell
 from experiments.progress import Reporter
 from experiments.sweep_cells import Cell
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_text
 from specmq_jax.memory import Plan
 
 
@@ -103,7 +104,7 @@ def run_cells(cells: Sequence[Cell], tell: Tell, shared: Shared | None = None) -
         except UserError as error:
             tell(Event(cell=cell.name, kind="failed", text=str(error)))
         except Exception as error:
-            cell.traceback.write_text(traceback.format_exc(), encoding="utf-8")
+            put_text(cell.traceback, traceback.format_exc())
             line = next(iter(str(error).splitlines()), "")
             tell(Event(cell=cell.name, kind="failed", text=f"{type(error).__name__}: {line} (traceback in {cell.traceback})"))
         else:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from experiments.cells import NO_VALUE
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_text
 
 _WIDE = 200
 """Columns of a table for a pipe or a file where $COLUMNS doesn't say."""
@@ -133,12 +134,6 @@ def check_file(path: pathlib.Path, flag: str) -> None:
         raise UserError(f"{path} can't be written to; name another file with --{flag}=FILE")
 
 
-def write(path: pathlib.Path, content: str | bytes) -> None:
-    """Puts a text, or a picture's bytes, in place as a whole; a `UserError` where that fails."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path} can't be written: {error.strerror}; the same command writes it again") from None
+def write(path: pathlib.Path, text: str) -> None:
+    """Puts a text in place as a whole; a `UserError` where that fails."""
+    put_text(path, text, advice="the same command writes it again")

@@ -22,7 +22,10 @@ from pallas_kernels.search import NoYardstickError, OutOfTimeError, Result, Sear
 from pallas_kernels.w4a16.api import GROUP_SIZES
 from specmq_jax import errors
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_text
 from specmq_jax.words import count
+
+_ELSEWHERE = "name another place with --output=DIR"
 
 
 class Tables:
@@ -55,10 +58,7 @@ class Tables:
         """Adds the config of a problem to the table of its op, which is never seen half written."""
         table = self.read(problem.op) | dict.fromkeys(problem.keys, dataclasses.asdict(config))
         lines = (f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table))
-        path = self.path(problem.op)
-        beside = path.with_suffix(".tmp")
-        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        beside.replace(path)
+        put_text(self.path(problem.op), "{\n" + ",\n".join(lines) + "\n}\n", advice=_ELSEWHERE)
 
     def prepare(self, op: str) -> None:
         """Makes the directory of a table. Raises UserError where it can't be written to."""
@@ -66,9 +66,9 @@ class Tables:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{directory} can't be made ({error.strerror}); name another place with --output=DIR") from error
+            raise UserError(f"{directory} can't be made ({error.strerror}); {_ELSEWHERE}") from error
         if not os.access(directory, os.W_OK):
-            raise UserError(f"{directory} can't be written to; name another place with --output=DIR")
+            raise UserError(f"{directory} can't be written to; {_ELSEWHERE}")
 
 
 def run(found: Sequence[Problem], tables: Tables, search: Search, *, retune: bool = False) -> None:

@@ -2,13 +2,10 @@
 
 import concurrent.futures
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
 import pathlib
-import shutil
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,8 +19,10 @@ import platformdirs
 
 from specmq_jax.config import LlamaConfig, read_json
 from specmq_jax.errors import UserError
+from specmq_jax.files import staged
 from specmq_jax.formats import Weight
 from specmq_jax.parameters import Formats, parameter_shapes
+from specmq_jax.version import version
 
 METADATA_FILE = "specmq.json"
 FORMAT_VERSION = 4
@@ -194,7 +193,7 @@ class CheckpointWriter:
     """Writes a native checkpoint one weight at a time; a context manager.
 
     Everything is written beside the destination and renamed when the context ends well; when it ends with an error or
-    Ctrl-C, nothing is left behind.
+    Ctrl-C, nothing is left behind, as in `files.staged`.
 
     Attributes:
       directory: the temporary directory; tokenizer files may be put there.
@@ -221,30 +220,18 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._shards = 0
         self._sha256: dict[str, str] = {}
+        self._staged = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        check_destination(self.destination)
-        parent = self.destination.absolute().parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self.directory = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", suffix=".partial",
-                                                           dir=parent))
-            self.directory.chmod(0o755)
-        except OSError as error:
-            raise UserError(f"{parent} can't be written to: {error.strerror}") from None
+        self.directory = self._staged.enter_context(staged(self.destination))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        except OSError as failure:
-            raise UserError(f"{self.destination} can't be written: {failure.strerror or failure}") from None
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise UserError(f"{self.destination} can't be written: {error.strerror}") from None
+        with self._staged:
+            if error is not None:
+                raise error  # into the context that removes the directory
+            self._finish()
 
     def add(self, path: str, weight: Weight) -> None:
         """Takes the weight for a path of `parameter_shapes`, in the format that the writer was given."""
@@ -273,7 +260,7 @@ class CheckpointWriter:
         files = sorted(path for path in (self.directory / "weights").rglob("*") if path.is_file())
         metadata = {
             "format_version": FORMAT_VERSION,
-            "tool_version": _tool_version(),
+            "tool_version": version(),
             "formats": self._formats.names,
             "source": self._source,
             **({"quantisation": self._quantisation} if self._quantisation else {}),
@@ -285,26 +272,11 @@ class CheckpointWriter:
         config = {key: value for key, value in self._config.items() if key != "quantization_config"}
         write_json(self.directory / "config.json", config)
         write_json(self.directory / METADATA_FILE, metadata)
-        check_destination(self.destination)
-        self.directory.rename(self.destination.absolute())
-
-
-_DISK_ERRORS = (28, 30, 122)
-"""ENOSPC, EROFS, EDQUOT."""
-
-
-def check_destination(destination: pathlib.Path) -> None:
-    """Raises a `UserError` where a checkpoint can't be put under that name."""
-    if destination.is_dir():
-        if any(destination.iterdir()):
-            raise UserError(f"{destination} exists and is not empty; choose another name or remove it")
-    elif destination.exists():
-        raise UserError(f"{destination} exists and is not a directory; choose another name")
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _named_leaves(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
@@ -340,19 +312,12 @@ def _default_device() -> jax.Device:
     return device if isinstance(device, jax.Device) else jax.local_devices()[0]
 
 
-def _tool_version() -> str:
-    try:
-        return importlib.metadata.version("specmq-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "uninstalled"
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Orbax's log lines and warnings, which name no mistake of the user's, off the terminal."""
+    """Keeps Orbax's warnings and log lines off the terminal; of errors it also raises an exception."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

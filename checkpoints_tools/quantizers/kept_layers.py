@@ -10,9 +10,9 @@ import jax
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from specmq_jax.checkpoint import write_json
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_json, written
 from specmq_jax.formats import Weight
 from specmq_jax.parameters import Formats
 
@@ -46,25 +46,14 @@ class KeptLayers:
                                 f"({'; '.join(changed)}); give the same ones to go on with it, give another destination, or "
                                 "remove it")
             return
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            write_json(partial, settings)
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{self.directory} can't be written: {error.strerror}") from None
+        put_json(path, settings, parents=True)
 
     def save(self, layer: int, weights: Mapping[str, Weight]) -> None:
         """Keeps a layer's weights, by their names in `parameter_shapes`."""
         leaves = {f"{path}#{i}": leaf for path, weight in weights.items() for i, leaf in enumerate(jax.tree.leaves(weight))}
-        partial = self._file(layer).with_suffix(".partial")
-        try:
+        advice = "the layers there are kept, and the same command goes on behind them"
+        with written(self._file(layer), advice=advice) as partial:
             save_file(leaves, partial)
-            partial.replace(self._file(layer))
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"{self.directory} can't be written: {error}; the layers it holds are kept, and the same command "
-                            "goes on behind them") from None
 
     def load(self, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight] | None:
         """A layer's weights at the paths of `shapes`; None where it has not been kept.

@@ -1,6 +1,5 @@
 """The target's own answers to a file of prompts, made once and kept on disk."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +18,7 @@ from specmq_jax import tokenizer as tk
 from specmq_jax import words
 from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_json, put_text, written
 
 PART = 1024
 """Answers in one file."""
@@ -72,6 +72,9 @@ def _turns(line: str, place: str) -> Turns:
     return tuple(turns)
 
 
+_GOES_ON = "the answers there are kept, and the same command goes on behind them"
+
+
 class AnswerStore:
     """A directory of answers that a run appends to, `PART` at a time; a killed run goes on where it stopped."""
 
@@ -94,9 +97,7 @@ class AnswerStore:
             if changes:
                 raise UserError(f"{directory} holds answers made otherwise ({'; '.join(changes)}); give another --answers")
         else:
-            with self._writing():
-                directory.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            put_json(kept, self.settings, parents=True)
         self._parts = sorted(directory.glob("part_*.npz"))
         self._waiting: list[tuple[int, int, int, np.ndarray]] = []
 
@@ -125,25 +126,11 @@ class AnswerStore:
             return
         dialogues, turns, prompts, rows = zip(*self._waiting, strict=True)
         path = self.directory / f"part_{len(self._parts):05}.npz"
-        partial = path.with_suffix(".partial")
-        with self._writing():
-            try:
-                with partial.open("wb") as file:
-                    np.savez_compressed(file, dialogues=np.int32(dialogues), turns=np.int32(turns), prompts=np.int32(prompts),
-                                        lengths=np.int32([len(row) for row in rows]), tokens=np.concatenate(rows))
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with written(path, advice=_GOES_ON) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, dialogues=np.int32(dialogues), turns=np.int32(turns), prompts=np.int32(prompts),
+                                lengths=np.int32([len(row) for row in rows]), tokens=np.concatenate(rows))
         self._parts.append(path)
         self._waiting = []
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.directory} can't be written: {error.strerror or error}; the answers it holds are kept, "
-                            "and the same command goes on behind them") from None
 
 
 class _Progress:
@@ -201,13 +188,7 @@ def own_prompts(path: pathlib.Path, sampler: Sampler, params: Params, tokenizer:
     ended = [c for c in drawn.run(params, requests, seed=seed) if c.tokens[-1] in sampler.stop_tokens]
     texts = (tk.decode(tokenizer, c.tokens).strip() for c in sorted(ended, key=lambda c: c.request.key))
     prompts = [text for text in dict.fromkeys(texts) if text]
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    put_text(path, "".join(json.dumps({"prompt": text}) + "\n" for text in prompts), parents=True)
     return [(text,) for text in prompts]
 
 

@@ -1,8 +1,6 @@
 """A head's parameters: random ones to begin with, and their official files."""
 
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
-from safetensors.numpy import save_file
 
+from checkpoints_tools.shards import save_tensors
 from checkpoints_tools.training.batched import Params
-from specmq_jax.checkpoint import check_destination, write_json
+from specmq_jax.checkpoint import write_json
 from specmq_jax.config import LlamaConfig
 from specmq_jax.eagle import EagleConfig, eagle_config
 from specmq_jax.errors import UserError
+from specmq_jax.files import check_destination, staged
 
 
 def official_config(version: int, target: LlamaConfig, hf: Mapping[str, Any], draft_vocabulary: int) -> dict[str, Any]:
@@ -89,21 +88,9 @@ def export(destination: pathlib.Path, params: Params, config: EagleConfig, offic
         known = np.zeros(config.vocab_size, bool)
         known[ids] = True
         tensors |= {"d2t": ids.astype(np.int64) - np.arange(len(ids)), "t2d": known}
-    try:
-        destination.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial",
-                                                dir=destination.absolute().parent))
-        try:
-            partial.chmod(0o755)
-            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, partial / "model.safetensors",
-                      metadata={"format": "pt"})
-            (partial / "model.safetensors").chmod(0o644)
-            write_json(partial / "config.json", official)
-            partial.rename(destination.absolute())
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{destination} can't be written: {error.strerror or error}") from None
+    with staged(destination) as directory:
+        save_tensors(directory / "model.safetensors", tensors)
+        write_json(directory / "config.json", official)
 
 
 def _halves(name: str, values: Any) -> Float[np.ndarray, "..."]:
