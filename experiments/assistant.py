@@ -18,6 +18,8 @@ USED = ("model", "method", "drafter", "precision", "draft_precision", "draft_len
         "tree_size", "vocabulary", "vocabulary_size", "min_draft_length", "draft_model_start", "max_length", "temperature",
         "top_k", "top_p", "seed", "reproducible")
 """The shared flags that these commands know."""
+UNUSED = "it belongs to benchmarks, and this command answers what it is asked"
+"""Why these commands refuse the others."""
 
 Stream = Callable[[Sequence[int], int | None], Iterator[list[int]]]
 """Of a prompt's ids and the most new ones: ids a round."""
@@ -33,9 +35,8 @@ def settings(command: str) -> Settings:
     """Reads the shared flags; the one method is --method's, or suits the models given.
 
     Raises:
-      UserError: as `flags.settings`, or a flag that only benchmarks know.
+      UserError: as `flags.settings`.
     """
-    flags.refuse_others(USED, "it belongs to benchmarks, and this command answers what it is asked")
     return flags.settings(command, default=(flags.one_method(),), offered=flags.fitting_methods())
 
 

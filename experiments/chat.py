@@ -7,7 +7,6 @@ go to stdout and all else to stderr.
 
 import contextlib
 import io
-import json
 import pathlib
 import re
 import signal
@@ -27,6 +26,7 @@ from experiments.answer_view import AnswerView
 from experiments.assistant import Assistant
 from specmq_jax import errors, metrics
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_json
 from specmq_jax.words import count
 
 _PROMPT = "> "
@@ -167,21 +167,13 @@ class Chat:
             path = pathlib.Path(name).expanduser()
             if path.exists() and path.resolve() not in self._saved:
                 raise UserError(f"{path} exists; choose another name")
-            self._write(path)
+            put_json(path, {"model": self._model.name, "method": self.method, "messages": self.messages},
+                     advice="choose another name")
         except (OSError, ValueError, RuntimeError) as error:  # the latter two of a name that no file can have
             raise UserError(f"{name} can't be written: {getattr(error, 'strerror', None) or error}; choose another name"
                             ) from None
         self._saved.add(path.resolve())
         self._say(f"(saved {count(len(self.messages), 'message')} to {path})")
-
-    def _write(self, path: pathlib.Path) -> None:
-        content = {"model": self._model.name, "method": self.method, "messages": self.messages}
-        partial = path.with_name(f".{path.name}.part")
-        try:
-            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _help(self, argument: str) -> None:
         del argument
@@ -249,4 +241,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     assistant.declare_flags()
-    errors.run(main)
+    errors.run(main, unused=assistant.UNUSED)

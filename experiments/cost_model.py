@@ -156,7 +156,6 @@ def summary(settings: Settings, bench: Workbench, findings: Findings, real: Mapp
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, predicts and prints."""
     flags.no_arguments(argv)
-    flags.refuse_others(_USED, "the cost model writes no answers")
     given, console, progress = absl_flags.FLAGS, tables.stdout(), Console(stderr=True)
     settings = flags.settings("cost_model")
     if methods.AUTO in settings.methods:
@@ -211,4 +210,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main)
+    errors.run(main, unused="the cost model writes no answers")

@@ -160,9 +160,6 @@ def _write(file: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 def _settings() -> Settings:
     given = absl_flags.FLAGS
-    for flag in given.flags_by_module_dict()[flags.__name__]:
-        if flag.present and flag.name not in _SHARED:
-            raise UserError(f"--{flag.name} has no use here: models and heads are random, and of the shape that --shape names")
     chosen = _chosen("methods", given.methods or ["baseline", "eagle2"], methods.NAMES)
     precisions = tuple(formats.get(name).name for name in (given.precision or "w4a16").split(","))
     drafting = Drafting(
@@ -234,4 +231,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main)
+    errors.run(main, unused="models and heads are random, and of the shape that --shape names")

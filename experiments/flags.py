@@ -197,13 +197,6 @@ def one_method() -> str:
     return "spec" if _DRAFTER.value else "baseline"
 
 
-def refuse_others(used: Sequence[str], why: str) -> None:
-    """A flag of this module that was given and is not among `used` is a `UserError`, which says why."""
-    for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
-        if flag.present and flag.name not in used:
-            raise UserError(f"--{flag.name} has no use here: {why}")
-
-
 def no_arguments(argv: Sequence[str]) -> None:
     """A word that is no flag is a `UserError`."""
     if len(argv) > 1:

@@ -104,4 +104,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main)
+    errors.run(main, unused=assistant.UNUSED)

@@ -1,5 +1,6 @@
 """Low-bit Llama-family models decoded speculatively on JAX."""
 
+from specmq_jax import interrupts  # noqa: F401 (first, for Ctrl-C while a command is being imported)
 from specmq_jax.config import DecodeConfig, LlamaConfig, RopeConfig, TreeConfig
 from specmq_jax.decode import Decoder, DecodeState, Generation, PhaseTimes
 from specmq_jax.drafters import ChainDrafter, Drafter, EagleDrafter, HierarchicalDrafter, NoDrafter
@@ -14,3 +15,11 @@ __all__ = ["ChainDrafter", "DecodeConfig", "DecodeState", "Decoder", "DraftTree"
            "LlamaConfig", "Model", "NoDrafter", "PhaseTimes", "RopeConfig", "Sampling", "UserError", "TreeConfig", "load",
            "load_head", "logits",
            "random_model"]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: to look it up takes milliseconds
+        from specmq_jax.version import version
+
+        return version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
