@@ -109,7 +109,7 @@ def _runs(address: str) -> list[Run]:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -133,7 +133,7 @@ def _of_file(path: pathlib.Path, asked: Sequence[Question]) -> Sequence[Question
 def _settings(path: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(path.with_suffix(".settings.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -80,11 +81,27 @@ def _text(path: pathlib.Path, content: bytes) -> str:
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        check_texts(record, place)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{place}: its JSON is nested too deep to be read; expected a flat object") from None
+    except ValueError:  # Python reads no more digits
+        raise UserError(f"{place}: it has a number of more than {sys.get_int_max_str_digits()} digits; expected shorter ones"
+                        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected a JSON object; found a {type(record).__name__}")
     return record
+
+
+def check_texts(record: Any, place: str) -> None:
+    """Raises a `UserError` where a text, or an object's key, holds half of a surrogate pair: no file could hold it as it is."""
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(f"{place}: {half} is half of a surrogate pair, which is no text; write the whole character or leave "
+                        "it out") from None
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -96,6 +113,6 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
                         "lines") from None
     try:
         return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"the question file {path} is a damaged parquet file ({str(error).splitlines()[0]}); download it "
-                        "again") from None
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:  # as Arrow's parts raise them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the question file {path} is a damaged parquet file ({reason[:160]}); download it again") from None
