@@ -1,6 +1,8 @@
 """Work in a process of its own, which reports while it works: the device memory that it took is free when it ends."""
 
+import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -8,8 +10,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from specmq_jax import errors, interrupts
 from specmq_jax.errors import UserError
 
+_ENDING_SECONDS = 10
+"""Time for a process to remove what it has half written."""
 Tell = Callable[[Any], None]
 """How the work reports something, which must be picklable."""
 
@@ -32,7 +37,8 @@ def reports(work: Callable[..., None], *arguments: Any) -> Iterator[Any]:
     context = multiprocessing.get_context("spawn")  # a forked process would share a device that JAX has opened
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, work, arguments), daemon=True)
-    process.start()
+    with _interrupts_kept_from_children():
+        process.start()
     sender.close()
     try:
         while True:
@@ -49,16 +55,35 @@ def reports(work: Callable[..., None], *arguments: Any) -> Iterator[Any]:
     finally:
         receiver.close()
         process.terminate()
+        process.join(_ENDING_SECONDS)
+        process.kill()
         process.join()
+
+
+@contextlib.contextmanager
+def _interrupts_kept_from_children() -> Iterator[None]:
+    """A child process inherits that Ctrl-C is blocked, so that it does not even end its imports."""
+    multiprocessing.resource_tracker.ensure_running()  # which would let signals through again on its way
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(sender: Connection, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends this process
+    interrupts.raise_in_main()  # the parent's SIGTERM, so that nothing half written stays
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(*arguments, sender.send)
     except UserError as error:
         sender.send(error)
+    except Exception as error:
+        mistake = errors.explained(error)
+        if mistake is None:
+            raise
+        sender.send(mistake)
 
 
 def _end_with_parent() -> None:

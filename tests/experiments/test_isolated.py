@@ -1,5 +1,6 @@
 """Work in a process of its own: what it tells arrives, and how it ends."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 from experiments import isolated
 from experiments.isolated import ProcessEnded
+from specmq_jax import files
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -87,3 +89,41 @@ def test_the_process_ends_when_its_parent_is_killed():
     parent.kill()
     parent.wait()
     assert gone(pid)
+
+
+def half_written(place, tell):
+    with files.staged(place) as directory:
+        (directory / "a").write_text("half")
+        tell("begun")
+        time.sleep(600)
+
+
+def test_what_the_process_has_half_written_goes_with_it(tmp_path):
+    reports = isolated.reports(half_written, tmp_path / "made")
+    assert next(reports) == "begun" and os.listdir(tmp_path)
+    reports.close()
+    assert not os.listdir(tmp_path)
+
+
+def without_a_disk(tell):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a")
+
+
+def test_what_the_machine_is_at_fault_for_arrives_as_a_mistake():
+    with pytest.raises(UserError, match="^a can't be written: No space left on device"):
+        list(isolated.reports(without_a_disk))
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_ctrl_c_of_a_terminal_ends_both_in_one_line(seconds):
+    code = ("import test_isolated\nfrom specmq_jax import errors\n"
+            "def main(argv):\n    print('begun', flush=True)\n    list(test_isolated.isolated.reports(test_isolated.endless))\n"
+            "if __name__ == '__main__':\n    errors.run(main)")
+    paths = os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)])
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(seconds)  # while the other process is importing, or at work
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told == "interrupted\n"
