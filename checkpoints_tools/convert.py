@@ -8,6 +8,7 @@ Without --precision the checkpoint keeps the source's precision; GGUF's quantise
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,11 +92,11 @@ def fingerprint(reader: Reader) -> str:
     It follows from the path, the files' names, sizes and times, and the contents of small files, which an editor may leave as
     long as they were within a tick of the clock.
     """
-    key = hashlib.sha256(str(reader.location.resolve()).encode())
+    key = hashlib.sha256(os.fsencode(reader.location.resolve()))
     for file in sorted(reader.inputs):
         found = file.stat()
         digest = sha256(file) if found.st_size <= _SMALL_BYTES else ""
-        key.update(f"\n{file} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {digest}".encode())
+        key.update(os.fsencode(file) + f" {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {digest}\n".encode())
     return key.hexdigest()
 
 
@@ -189,7 +190,7 @@ def arguments(argv: Sequence[str], usage: str, count: int) -> list[str]:
     """The `count` positional arguments of a command, else a `UserError` that shows its usage."""
     given = list(argv[1:])
     if len(given) != count:
-        raise UserError(f"expected {count} argument{'s' * (count > 1)}, found {len(given)}; usage: {usage}")
+        raise UserError(f"expected {count or 'no'} argument{'s' * (count != 1)}, found {len(given)}; usage: {usage}")
     return given
 
 

@@ -189,5 +189,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("format", None, "What to write: hf (plain values) or gptq (W4A16 in AutoGPTQ's layout).")
     flags.DEFINE_string("precision", "fp16", "Of the values that are not quantised: fp32, bf16 or fp16.")
-    flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "Bytes of one file at the most, unless one tensor alone has more.")
+    flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "Bytes of one file at the most, unless one tensor alone has more.",
+                         lower_bound=1)
     errors.run(main)

@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("seed", 0, "Of the rotation's random signs.")
+    flags.DEFINE_integer("seed", 0, "Of the rotation's random signs.", lower_bound=0)
     flags.DEFINE_string("precision", None, "Precision of the layers' linear weights, made by round-to-nearest behind the "
                         f"rotation; one of {', '.join(formats.names())}. Default: the source's.")
     errors.run(main)

@@ -171,5 +171,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("draft_vocabulary", None, "Tokens that an EAGLE-3 head scores, the most frequent of the answers. "
                          "Default: 32768, at most the target's.", lower_bound=1)
     flags.DEFINE_float("held_out", 0.02, "Share of the dialogues that acceptance is measured on.", 0, 0.5)
-    flags.DEFINE_integer("seed", 0, "Of the head's first parameters, the split and the order of training.")
+    flags.DEFINE_integer("seed", 0, "Of the head's first parameters, the split and the order of training.", 0, 2**32 - 1)
     errors.run(main)

@@ -11,7 +11,6 @@ w4a16, and takes several names, separated by commas; --draft_precision is w4a16;
 """
 
 import dataclasses
-import os
 import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     given = absl_flags.FLAGS
     settings = _settings()
     file = pathlib.Path(given.json) if given.json else None
-    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise UserError(f"{file} can't be written to; name another file with --json=FILE")
+    if file:
+        tables.check_file(file, "json")
     run(settings, {"shape": given.shape, "draft_shape": given.draft_shape or small_shape(given.shape)},
         bandwidth=1e9 * given.bandwidth if given.bandwidth else None, file=file)
 

@@ -90,7 +90,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy decoding.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many best tokens; 0 is all.", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest best tokens of this joint probability.", 0, 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", 0, 2**32 - 1)
 _REPRODUCIBLE = flags.DEFINE_bool(
     "reproducible", False, "Sum up in one order for any number of rows, so that on a GPU every method gives the baseline's "
     "answers to the letter, somewhat slower.")
@@ -152,8 +152,8 @@ def settings(experiment: str, *, default: Sequence[str] | None = None, offered: 
       benchmark: its sample and its lengths count where no flag gives others.
 
     Raises:
-      UserError: an unknown method or precision, flags that contradict one another, or published questions that can't be
-        downloaded.
+      UserError: an unknown method or precision, flags that contradict one another, drafts that are longer than the cache, or
+        published questions that can't be downloaded.
     """
     chosen = _methods(default)
     if _ANSWER_FILE.value and len(chosen) > 1:
@@ -181,11 +181,20 @@ def settings(experiment: str, *, default: Sequence[str] | None = None, offered: 
         output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
         answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value,
         benchmark=benchmark)
+    _check_drafts(models, made.max_length)
     if methods.AUTO not in chosen:
         return made
     from experiments import auto  # measures, with this module's settings
 
     return dataclasses.replace(made, models=dataclasses.replace(models, auto=auto.choose(made)))
+
+
+def _check_drafts(models: methods.Models, max_length: int) -> None:
+    for name, drafted in (("tree_depth", models.tree.depth), ("draft_length", models.draft_length),
+                          ("min_draft_length", models.min_draft_length)):
+        if drafted >= max_length:
+            raise UserError(f"--{name}={drafted} drafts more than the cache of {max_length} tokens holds; choose a smaller "
+                            "one, or a larger --max_length")
 
 
 def one_method() -> str:

@@ -21,7 +21,6 @@ from pallas_kernels.cases import Case, ModelShape
 from pallas_kernels.timing import Loop, Plan, Timing
 from pallas_kernels.w4a16.api import GROUP_SIZES
 from specmq_jax import errors, metrics, words
-from specmq_jax.errors import UserError
 
 _LOOP_SECONDS = 2e-2
 _CONTEXTS = (512, 4096, 16384)
@@ -280,19 +279,19 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags and measures."""
     flags.no_arguments(argv)
     given = absl_flags.FLAGS
-    ops, models = tune.names("ops", given.ops, OPS), tune.names("shapes", given.shapes, cases.MODELS)
+    default = ["demo"] if jax.default_backend() == "cpu" else ["llama3-8b", "llama3-70b"]
+    ops, models = tune.names("ops", given.ops, OPS), tune.names("shapes", given.shapes or default, cases.MODELS)
     rows = tuple(tune.counts("rows", given.rows or ()))
     json_file = pathlib.Path(given.json) if given.json else None
-    if json_file and not os.access(json_file.parent, os.W_OK):
-        raise UserError(f"{json_file.parent} can't be written to; name another file with --json=FILE")
+    if json_file:
+        tables.check_file(json_file, "json")
     run(Bench(rows=rows or None, group_size=int(given.group_size), runs=given.runs), ops, models, json_file)
 
 
 def declare_flags() -> None:
     """Declares the command's flags; not at import, where they would clash with those of other commands."""
-    models = ["demo"] if jax.default_backend() == "cpu" else ["llama3-8b", "llama3-70b"]
     absl_flags.DEFINE_list("ops", list(OPS), "Ops to time.")
-    absl_flags.DEFINE_list("shapes", models, f"Models whose sizes to time at, of {', '.join(cases.MODELS)}. Default: demo on a "
+    absl_flags.DEFINE_list("shapes", None, f"Models whose sizes to time at, of {', '.join(cases.MODELS)}. Default: demo on a "
                            "CPU, llama3-8b,llama3-70b on a GPU.")
     absl_flags.DEFINE_list("rows", None, "Tokens of a step. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 for top_k, 1,10,30,60 "
                            "for others.")

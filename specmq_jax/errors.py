@@ -86,10 +86,10 @@ def _tell(error: BaseException) -> int:
     if signalled is not None:
         _say(interrupts.word(signalled))
         return signalled
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # rich raises SystemExit for it
+        return _NO_READER
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else _FAULT
-    if isinstance(error, BrokenPipeError):
-        return _NO_READER
     if flags.FLAGS["debug"].value:
         traceback.print_exception(error)
     mistake = error if isinstance(error, UserError) else explained(error)

@@ -110,7 +110,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _reported_again(unraisable: "sys.UnraisableHookArgs") -> None:
     error = unraisable.exc_value
     if not isinstance(error, KeyboardInterrupt | Terminated):
-        sys.__unraisablehook__(unraisable)
+        # TensorStore's, to a task that has ended on the error of another write
+        if str(error) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
         return
     number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code - _FIRST_STATUS
 
