@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -26,17 +26,21 @@ class _Answered(flags.BooleanFlag):
             sys.exit(0)
 
 
-def define_flags() -> None:
-    """Declares --help, in place of absl's, which leaves flags out and ends with status 1, and --version."""
+def define_flags(arguments: Sequence[str]) -> None:
+    """Declares --help, in place of absl's, which leaves flags out and ends with status 1, and --version.
+
+    Where a command has a --version=VALUE of its own, `arguments` that are --version alone still ask for the program's.
+    """
     for name in ("help", "helpshort", "helpfull"):
         flags.DEFINE_flag(_Answered(name, "Show this text.", page, {"help": "?", "helpshort": "h"}.get(name)))
-    flags.DEFINE_flag(_Answered("version", "Show the version.", lambda: f"{NAME} {version()}"))
+    if "version" not in flags.FLAGS or list(arguments) == ["--version"]:
+        flags.DEFINE_flag(_Answered("version", "Show the version.", lambda: f"{NAME} {version()}"))
 
 
 def page() -> str:
     """What the main module says of itself, and each of its flags with its default."""
     entries = [_entry(flag) for flag in flag_values.key_flags()]
-    entries += [_text("--help", "Show this text."), _text("--version", "Show the version.")]
+    entries += [_text("--help", "Show this text."), _text("--version", "Show the program's version.")]
     return f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nFlags:\n\n" + "\n".join(entries)
 
 

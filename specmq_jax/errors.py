@@ -138,7 +138,7 @@ def _close_output() -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     from specmq_jax import command_help, flag_values
 
-    command_help.define_flags()
+    command_help.define_flags(argv[1:])
     flag_values.check_encoding(argv)
     try:
         return flags.FLAGS(argv)

@@ -64,5 +64,12 @@ def test_a_head_that_does_not_fit_is_found_before_a_model_is_loaded(method, eagl
         settings("--model=own", f"--method={method}", f"--eagle={eagle}")
 
 
+@pytest.mark.parametrize("name", ["tree_depth", "draft_length", "min_draft_length"])
+def test_drafts_that_no_cache_holds_are_refused(name):
+    with pytest.raises(UserError, match=f"--{name}=1000000 drafts more than the cache of 256 tokens holds"):
+        settings("--model=own", f"--{name}=1000000", "--max_length=256")
+    assert settings("--model=own", f"--{name}=20", "--max_length=256").max_length == 256
+
+
 def test_a_small_tree_needs_no_flag_for_its_size():
     assert settings("--tree_depth=1", "--tree_top_k=2").models.tree.size == 3

@@ -115,7 +115,12 @@ def test_help_lists_every_flag_on_stdout(arguments):
 def test_the_version_is_one():
     result = run("-m", *INSPECT, "--version")
     assert result.returncode == 0 and result.stdout.startswith("specmq-jax ")
+    assert run("-m", "checkpoints_tools.train_eagle", "--version").stdout == result.stdout
     assert run("-c", "import specmq_jax; print('specmq-jax', specmq_jax.__version__)").stdout == result.stdout
+
+
+def test_a_command_keeps_its_own_version_flag(tmp_path):
+    ends(run("-m", "checkpoints_tools.train_eagle", FP16, tmp_path / "head", "--version=4"), 2, "version", "2", "3")
 
 
 def test_a_reader_that_has_gone_and_a_full_output():
