@@ -20,7 +20,7 @@ from experiments.sweep_cells import Cell, Prepared
 from experiments.sweep_progress import Display, display
 from experiments.sweep_worker import Event, run_cells
 from experiments.tables import stdout
-from specmq_jax import errors
+from specmq_jax import errors, flag_values
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     known = sweep_cells.key_flags()
     if given.grid:
         grid.apply_file(pathlib.Path(given.grid), given, known)
+        for name in known:
+            flag_values.check_value(name, given[name].value if given[name].present else None)
     (sweep,) = isolated.reports(sweep_cells.prepare, [given[name].serialize() for name in known if given[name].present])
     progress = Console(stderr=True)
     for line in sweep.left_out:
