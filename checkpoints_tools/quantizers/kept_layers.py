@@ -51,7 +51,7 @@ class KeptLayers:
     def save(self, layer: int, weights: Mapping[str, Weight]) -> None:
         """Keeps a layer's weights, by their names in `parameter_shapes`."""
         leaves = {f"{path}#{i}": leaf for path, weight in weights.items() for i, leaf in enumerate(jax.tree.leaves(weight))}
-        advice = "the layers there are kept, and the same command goes on behind them"
+        advice = "the layers it holds are kept, and the same command goes on behind them"
         with written(self._file(layer), advice=advice) as partial:
             save_file(leaves, partial)
 

@@ -72,7 +72,7 @@ def _turns(line: str, place: str) -> Turns:
     return tuple(turns)
 
 
-_GOES_ON = "the answers there are kept, and the same command goes on behind them"
+_GOES_ON = "the answers it holds are kept, and the same command goes on behind them"
 
 
 class AnswerStore:
