@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -48,7 +49,8 @@ def cached_checkpoints() -> pathlib.Path:
 
 
 def read_metadata(directory: str | pathlib.Path) -> dict[str, Any]:
-    """Parses specmq.json: format_version, tool_version, formats, source, quantisation, sha256 of the inputs, shards, files.
+    """Parses specmq.json: format_version, tool_version, formats, source, quantisation, sha256 of the inputs, content (a digest
+    of all weights, whatever files hold them), shards, files.
 
     Raises:
       UserError: the file is absent, malformed, or of a later version than this program reads.
@@ -221,6 +223,7 @@ class CheckpointWriter:
         self._shards = 0
         self._sha256: dict[str, str] = {}
         self._staged = contextlib.ExitStack()
+        self._contents: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         self.directory = self._staged.enter_context(staged(self.destination))
@@ -237,6 +240,7 @@ class CheckpointWriter:
         """Takes the weight for a path of `parameter_shapes`, in the format that the writer was given."""
         for name, leaf in _named_leaves(path, weight):
             array = np.asarray(leaf)
+            self._contents[name] = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
             _put(self._pending, name, array)
             self._pending_bytes += array.nbytes
         if self._pending_bytes >= self._shard_bytes:
@@ -265,6 +269,7 @@ class CheckpointWriter:
             "source": self._source,
             **({"quantisation": self._quantisation} if self._quantisation else {}),
             "sha256": self._sha256,
+            "content": hashlib.sha256(json.dumps(self._contents, sort_keys=True).encode()).hexdigest(),
             "shards": self._shards,
             "files": {path.relative_to(self.directory).as_posix(): [path.stat().st_size, _checksum(path)]
                       for path in files},
