@@ -1,94 +1,19 @@
 """Answer files: one JSON object a question, appended line by line, with the settings that made them beside."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import specmq_jax as sm
-from experiments.questions import Question
-from specmq_jax import metrics
+from experiments.answer_format import Answer, parse
+from experiments.answer_sidecar import Sidecar
 from specmq_jax.errors import UserError
-from specmq_jax.files import put_json
 
 _GOES_ON = "the answers it holds are kept, and the same command goes on behind them"
 _WAY_OUT = "give another --output_dir, or --noresume to replace them"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a report needs of one line of an answer file.
-
-    Attributes:
-      question_id, category: of the question.
-      prompt_tokens: of each turn; empty in files of other programs.
-      texts: each turn's answer; empty in files of other programs.
-      token_ids: the same as token ids; empty in files of other programs.
-      new_tokens: of each turn, the first and a stop token counted.
-      wall_time: seconds of each turn's decode loop.
-      prefill_time: seconds of each turn's prefill; empty in files of other programs.
-      accept_lengths: of all rounds of all turns.
-      draft_accept_lengths: of the rounds inside a hierarchical drafter; empty for others and in files of other programs.
-      cut: why turns are missing, None where none is.
-      decoding_steps: rounds of each turn; empty in files of other programs.
-      model_id: what answered; empty in files of programs that don't say.
-    """
-
-    question_id: int | str
-    category: str
-    prompt_tokens: tuple[int, ...]
-    texts: tuple[str, ...]
-    token_ids: tuple[tuple[int, ...], ...]
-    new_tokens: tuple[int, ...]
-    wall_time: tuple[float, ...]
-    prefill_time: tuple[float, ...]
-    accept_lengths: tuple[int, ...]
-    draft_accept_lengths: tuple[int, ...]
-    cut: str | None
-    decoding_steps: tuple[int, ...] = ()
-    model_id: str = ""
-
-    @property
-    def speed(self) -> float | None:
-        """Tokens/s, as `metrics.speed` has it."""
-        return metrics.speed(self.new_tokens, self.wall_time)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One decoded turn: its prompt's length, what came of it, and the text it spells."""
-
-    prompt_tokens: int
-    generation: sm.Generation
-    text: str
-
-
-def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str | None) -> dict[str, Any]:
-    """The JSON object of one question; each list has one entry a turn, but for the accept lengths, which join them."""
-    made = [turn.generation for turn in turns]
-    new_tokens = [len(g.tokens) for g in made]
-    choice = {
-        "index": 0,
-        "turns": [turn.text for turn in turns],
-        "token_ids": [[int(token) for token in g.tokens] for g in made],
-        "prompt_tokens": [turn.prompt_tokens for turn in turns],
-        "decoding_steps": [len(g.accept_lengths) for g in made],
-        "new_tokens": new_tokens,
-        "wall_time": [g.seconds for g in made],
-        "accept_lengths": [int(length) for g in made for length in g.accept_lengths],
-        "draft_accept_lengths": [int(length) for g in made for length in g.draft_accept_lengths],
-        "generate_speed": [metrics.speed([count], [g.seconds]) for count, g in zip(new_tokens, made, strict=True)],
-        "prefill_time": [g.prefill_seconds for g in made],
-        "draft_prefill_time": [g.draft_prefill_seconds for g in made],
-        "cut": cut,
-    }
-    return {"question_id": question.id, "category": question.category, "answer_id": uuid.uuid4().hex,
-            "model_id": model_id, "tstamp": time.time(), "choices": [choice]}
 
 
 def read(path: pathlib.Path, *, unfinished: bool = False) -> list[Answer]:
@@ -101,13 +26,10 @@ def read(path: pathlib.Path, *, unfinished: bool = False) -> list[Answer]:
     Raises:
       UserError: the file can't be read, is empty, or a line is malformed (its number and fault are named).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the answer file {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    lines = _content(path).split(b"\n")
     if unfinished and not _is_json(lines[-1]):
         lines.pop()
-    found = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    found = _parsed(path, lines)
     if not found:
         raise UserError(f"the answer file {path} holds no answers")
     return found
@@ -129,49 +51,77 @@ class AnswerFile:
     """An answer file that a run appends to, and its sidecar `<name>.settings.json`.
 
     The sidecar holds the settings, compared before a run goes on, and what was measured once a method was done.
+
+    Attributes:
+      found: the answers so far.
+      measured: what was measured once all were there; None before.
+      lost: a run had finished, and some of its answers are gone.
     """
 
-    def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Changes nothing on the disk, but drops a last line that a killed run left unfinished.
+    def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], *, resume: bool,
+                 asked: Collection[int | str] | None = None, places: Mapping[str, Any] | None = None) -> None:
+        """Changes nothing on the disk.
 
         Args:
           path: the JSONL file.
           settings: what decides the answers and their times; JSON values.
           resume: keep the answers found there; else `start` removes them.
+          asked: ids of the questions that the run asks; None asks those that are answered.
+          places: where the models lie, for the reader of the sidecar.
 
         Raises:
-          UserError: the answers found there were made with other settings, are of two runs, or can't be read.
+          UserError: the answers found there were made with other settings, answer other questions, are of two runs, or
+            can't be read.
         """
         self.path = path
-        self.sidecar = path.with_suffix(".settings.json")
-        self.settings = dict(settings)
+        self._sidecar = Sidecar(path=path.with_suffix(".settings.json"), settings=dict(settings), places=dict(places or {}))
         self.measured: dict[str, Any] | None = None
         self.found: list[Answer] = []
-        if resume and path.exists():
-            _drop_unfinished_line(path)
-            self.found = read(path) if path.stat().st_size else []
+        self.lost = False
+        self._end = 0  # of the whole lines
+        if not resume:
+            return
+        if path.exists():
+            self._take(_content(path))
         if self.found:
-            self._check_settings()
+            self.measured = self._sidecar.read_measured(path, _WAY_OUT)
             self._check_one_run()
+            self._check_asked(asked)
+        missing = not self.found or asked is not None and len(self.found) < len(asked)
+        if missing and (self.measured if self.found else self._sidecar.had_finished()):
+            self.lost, self.measured = True, None
 
     @property
     def answered(self) -> set[int | str]:
         """Ids of the questions answered."""
         return {answer.question_id for answer in self.found}
 
+    @property
+    def model_id(self) -> str | None:
+        """Of the answers so far."""
+        return self.found[0].model_id if self.found else None
+
     def start(self) -> None:
-        """Makes ready for `append`: answers that are not to be kept go, and the settings are written."""
-        if not self.found:
-            with _writing(self.path):
+        """Makes ready for `append`: answers that are not to be kept go, half a line at the end goes, and the settings are
+        written."""
+        with self._writing(self.path):
+            if not self.found:
                 self.path.write_bytes(b"")
+            elif self.path.stat().st_size > self._end:
+                os.truncate(self.path, self._end)
+            elif not _content(self.path).endswith(b"\n"):
+                with self.path.open("ab") as file:
+                    file.write(b"\n")
+        if not self.found or self.lost:
             self._write_sidecar()
 
     def append(self, answer: Mapping[str, Any]) -> Answer:
         """Writes one answer to the disk and returns it as read."""
-        line = json.dumps(answer, ensure_ascii=False)
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self.found.append(_parse(line, str(self.path)))
+        # a text that UTF-8 can't hold becomes JSON's own escape of it
+        line = json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        with self._writing(self.path), self.path.open("ab") as file:
+            file.write(line + b"\n")
+        self.found.append(parse(line, str(self.path)))
         return self.found[-1]
 
     def finish(self, measured: Mapping[str, Any]) -> None:
@@ -179,72 +129,88 @@ class AnswerFile:
         self.measured = dict(measured)
         self._write_sidecar()
 
+    def _take(self, content: bytes) -> None:
+        """Whole lines, and a last one that lacks nothing but its end; a shorter one counts as the beginning of an answer."""
+        *lines, last = content.split(b"\n")
+        with _with_way_out():
+            whole = _is_answer(last) or not _is_beginning(last)
+            self.found = _parsed(self.path, [*lines, last] if whole else lines)
+        self._end = len(content) - (0 if whole else len(last))
+
     def _check_one_run(self) -> None:
         seen: set[int | str] = set()
         for answer in self.found:
             if answer.question_id in seen:
                 raise UserError(f"{self.path} answers question {answer.question_id!r} twice, so that two runs were appended to "
                                 f"it; {_WAY_OUT}")
+            if answer.model_id != self.model_id:
+                raise UserError(f"{self.path} holds answers by {self.model_id!r} and by {answer.model_id!r}, so that two runs "
+                                f"were appended to it; {_WAY_OUT}")
+            if not (answer.texts and answer.token_ids and answer.prompt_tokens):
+                raise UserError(f"{self.path} answers question {answer.question_id!r} without its texts, tokens or the lengths "
+                                f"of its prompts, which another program wrote; {_WAY_OUT}")
             seen.add(answer.question_id)
 
-    def _check_settings(self) -> None:
-        try:
-            kept = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            before, self.measured = kept["settings"], kept["measured"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} holds answers, and {self.sidecar.name}, which tells how they were made, is "
-                            f"missing or damaged; {_WAY_OUT}") from None
-        changes = [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
-                   for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
-        if changes:
-            raise UserError(f"{self.path} holds answers made with other settings ({'; '.join(changes)}); {_WAY_OUT}")
+    def _check_asked(self, asked: Collection[int | str] | None) -> None:
+        if asked is not None and (others := [ident for ident in self.answered if ident not in asked]):
+            raise UserError(f"{self.path} answers question {others[0]!r}, which is not among the {len(asked)} to be asked; "
+                            f"{_WAY_OUT}")
 
     def _write_sidecar(self) -> None:
-        put_json(self.sidecar, {"settings": self.settings, "measured": self.measured}, advice=_GOES_ON)
+        self._sidecar.write(self.measured, _GOES_ON)
+
+    @contextlib.contextmanager
+    def _writing(self, path: pathlib.Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror}; {_GOES_ON}") from None
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def _with_way_out() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}; {_GOES_ON}") from None
+    except UserError as error:
+        raise UserError(f"{error}; mend or remove that line, {_WAY_OUT}") from None
 
 
-def _is_json(text: str) -> bool:
+def _content(path: pathlib.Path) -> bytes:
     try:
-        json.loads(text)
-    except ValueError:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the answer file {path} can't be read: {error.strerror}") from None
+
+
+def _parsed(path: pathlib.Path, lines: list[bytes]) -> list[Answer]:
+    return [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _drop_unfinished_line(path: pathlib.Path) -> None:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with _writing(path):
-            os.truncate(path, whole)
-
-
-def _parse(line: str, place: str) -> Answer:
+def _is_answer(line: bytes) -> bool:
     try:
-        found = json.loads(line)
-        choice = found["choices"][0]
-        answer = Answer(
-            question_id=found["question_id"], category=found["category"],
-            prompt_tokens=tuple(choice.get("prompt_tokens", ())), texts=tuple(choice.get("turns", ())),
-            token_ids=tuple(tuple(ids) for ids in choice.get("token_ids", ())), new_tokens=tuple(choice["new_tokens"]),
-            wall_time=tuple(choice["wall_time"]), prefill_time=tuple(choice.get("prefill_time", ())),
-            accept_lengths=tuple(choice["accept_lengths"]),
-            draft_accept_lengths=tuple(choice.get("draft_accept_lengths", ())), cut=choice.get("cut"),
-            decoding_steps=tuple(choice.get("decoding_steps", ())), model_id=str(found.get("model_id", "")))
-    except KeyError as error:
-        raise UserError(f"{place}: no answer of this format, {error.args[0]!r} is missing") from None
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{place}: no answer of this format ({error})") from None
-    if not answer.new_tokens or len(answer.new_tokens) != len(answer.wall_time) or not (
-            sum(answer.wall_time) > 0 or max(answer.new_tokens) <= 1):
-        raise UserError(f"{place}: new_tokens and wall_time need one entry a turn, and time must have passed where a turn has "
-                        "more than one token")
-    return answer
+        parse(line, "")
+    except UserError:
+        return False
+    return True
+
+
+def _is_beginning(line: bytes) -> bool:
+    """Whether a killed run, or a full disk, may have left this of an answer."""
+    line = line.rstrip(b"\0")  # a file system that lost power fills up with zeros
+    if not line:
+        return True
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return line.startswith(b"{") and error.msg != "Extra data"
+    except (ValueError, RecursionError):
+        pass
+    return line.startswith(b"{")

@@ -17,6 +17,7 @@ import specmq_jax as sm
 from experiments import cost_model, methods, questions, runner
 from experiments.benchmark import MT_BENCH
 from experiments.cells import number
+from experiments.contents import Contents
 from experiments.flags import Settings
 from experiments.methods import Choice
 from specmq_jax import metrics
@@ -43,7 +44,9 @@ def choose(settings: Settings, console: Console | None = None) -> Choice:
     def say(text: str) -> None:
         console.print(f"auto: {text}", highlight=False, markup=False, soft_wrap=True)
 
-    about = _about(settings)
+    contents = Contents()
+    about = _about(settings, contents)
+    settings = dataclasses.replace(settings, models=contents.placed(settings.models))
     path = _file(about)
     choice = _kept(path)
     if choice is None:
@@ -96,21 +99,13 @@ def _measure(settings: Settings, say: cost_model.Say) -> Choice:
         gc.collect()
 
 
-def _about(settings: Settings) -> dict[str, Any]:
-    """What decides which setting is fastest."""
-    models = dataclasses.asdict(dataclasses.replace(settings.models, auto=None))
-    places = [models["target"], models["drafter"], models["vocabulary"], *models["eagle"]]
-    return {"models": models, "files": {place: _stamp(place) for place in places if place}, "sampling": repr(settings.sampling),
-            "reproducible": settings.reproducible, "device": metrics.device_name(), "jax": jax.__version__}
-
-
-def _stamp(place: str) -> str:
-    """A path's absolute name and the newest change below it; of a hub name, the name."""
-    path = pathlib.Path(place)
-    if not path.exists():
-        return place
-    newest = max(file.stat().st_mtime_ns for file in (path, *(path.iterdir() if path.is_dir() else ())))
-    return f"{path.resolve()} {newest}"
+def _about(settings: Settings, contents: Contents) -> dict[str, Any]:
+    """What decides which setting is fastest; models and files count by what they hold."""
+    models = settings.models
+    return {"models": contents.of_method(models, methods.AUTO), "precision": models.precision, "tree": repr(models.tree),
+            "draft_length": models.draft_length, "min_draft_length": models.min_draft_length,
+            "sampling": repr(settings.sampling), "reproducible": settings.reproducible, "device": metrics.device_name(),
+            "jax": jax.__version__}
 
 
 def _file(about: dict[str, Any]) -> pathlib.Path:
@@ -123,7 +118,7 @@ def _kept(path: pathlib.Path) -> Choice | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["choice"]
         choice = Choice(**(found | {"tree": sm.TreeConfig(**found["tree"])}))
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
     return choice if choice.method in methods.NAMES else None
 

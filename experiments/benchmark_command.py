@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import answer_runs, flags, questions, report, runner, scoring
+from experiments import answer_runs, answers, claims, flags, questions, report, runner, scoring
 from experiments.answer_runs import Run
 from experiments.benchmark import Benchmark
 from experiments.cells import percent
@@ -42,6 +42,12 @@ def run(benchmark: Benchmark, argv: Sequence[str]) -> None:
     settings = flags.settings(benchmark.name, benchmark=benchmark)
     # before any answer, since it may find that the machine can't do what was asked for
     obstacle = benchmark.scorer.obstacle() if benchmark.scorer else None
+    answers.check_directory(settings.output_dir)
+    with claims.reported(settings.output_dir):
+        _run_and_report(benchmark, settings, obstacle)
+
+
+def _run_and_report(benchmark: Benchmark, settings: Settings, obstacle: str | None) -> None:
     results = runner.run(settings)
     if benchmark.scorer and obstacle is None:
         results = [scored(settings, benchmark.scorer, result) for result in results]
@@ -132,9 +138,10 @@ def _of_file(path: pathlib.Path, asked: Sequence[Question]) -> Sequence[Question
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.with_suffix(".settings.json").read_text(encoding="utf-8"))["settings"]
+        found = json.loads(path.with_suffix(".settings.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _say(console: Console, text: str) -> None:

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import specmq_jax as sm
-from experiments import cost_plots, flags, methods, runner, tables
+from experiments import claims, cost_plots, flags, methods, runner, tables
 from experiments.answers import check_directory
 from experiments.cells import NO_VALUE, change, milliseconds, number, times
+from experiments.contents import Contents
 from experiments.cost_search import Prediction
 from experiments.cost_study import Bounds, Findings, Study
 from experiments.flags import Settings
@@ -164,20 +165,27 @@ def main(argv: Sequence[str]) -> None:
     check_directory(settings.output_dir)
     limits = bounds(nodes=given.most_nodes, depth=given.most_depth, draft_tokens=given.most_draft_tokens, runs=given.runs)
     limits.check()
+    with claims.reported(settings.output_dir):
+        _run(settings, limits, precisions, console, progress)
 
+
+def _run(settings: Settings, limits: Bounds, precisions: Sequence[str], console: Console, progress: Console) -> None:
     def say(text: str) -> None:
         progress.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    contents = Contents()
+    held = {method: contents.of_method(settings.models, method) for method in settings.methods}
+    settings = dataclasses.replace(settings, models=contents.placed(settings.models))
     memory = runner.plan(settings, settings.methods)
     say(memory.describe())
     memory.check()
     bench = runner.load(settings)
     findings = study(settings, bench, limits, say, precisions)
     real: dict[str, float | None] = {}
-    if given.check:
+    if absl_flags.FLAGS.check:
         say("running each method's best setting")
         real = measured(settings, bench, [findings.best(method).choice for method in findings.methods])
-    found = summary(settings, bench, findings, real)
+    found = {**summary(settings, bench, findings, real), "contents": held}
     _write(settings.output_dir, found, findings)
     console.print(f"{found['device']} | {found['model']} at {found['precision']} | {count(found['answers'], 'answer')}, "
                   f"{count(found['tokens'], 'token')}", highlight=False, markup=False, soft_wrap=True)

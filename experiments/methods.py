@@ -52,6 +52,7 @@ class Models:
       vocabulary, vocabulary_size: a ranked vocabulary, and how many of its tokens the head scores; None scores all.
       min_draft_length, draft_model_start: of the hierarchy, as in `specmq_jax.HierarchicalDrafter`.
       auto: what method auto stands for, once the cost model has chosen.
+      places: native checkpoints of models, by the names given here, where they are known already.
     """
 
     target: str | None = None
@@ -66,6 +67,11 @@ class Models:
     min_draft_length: int = 6
     draft_model_start: bool = False
     auto: Choice | None = None
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def place(self, model: str) -> str:
+        """Where a model is to be loaded from."""
+        return self.places.get(model, model)
 
     @property
     def target_name(self) -> str:
@@ -160,7 +166,8 @@ class Workbench:
         """What drafts for methods spec and hier, which share it."""
         if self.models.drafter is None:
             return self.target.with_precision(self.models.self_draft_precision)
-        draft = (outline if self._is_outline else sm.load)(self.models.drafter, precision=self.models.draft_precision)
+        draft = (outline if self._is_outline else sm.load)(self.models.place(self.models.drafter),
+                                                           precision=self.models.draft_precision)
         if tokens.load_tokenizer(draft.directory).get_vocab() != self.tokenizer.get_vocab():
             raise UserError(f"the drafter {self.models.drafter} has another tokenizer than {self.models.target_name}; choose "
                             "a draft model of the target's family")
@@ -196,7 +203,7 @@ def load(models: Models, *, max_length: int, sampling: sm.Greedy | sm.Sampling, 
 
         source: str | pathlib.Path = demo_model.prepare()
     else:
-        source = models.target
+        source = models.place(models.target)
     target = (outline if only_outline else sm.load)(source, precision=models.precision)
     tokenizer = tokens.load_tokenizer(target.directory)
     config = sm.DecodeConfig(max_len=min(max_length, target.config.max_position), sampling=sampling, seed=seed,

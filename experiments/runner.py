@@ -12,9 +12,11 @@ import jax
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import answers, comparison, methods, questions, stop_strings
-from experiments.answers import Answer, AnswerFile, Turn
+from experiments import answer_format, answers, claims, comparison, methods, questions, scoring, stop_strings
+from experiments.answer_format import Answer, Turn
+from experiments.answers import AnswerFile
 from experiments.benchmark import MT_BENCH, Bench, Benchmark
+from experiments.contents import Contents
 from experiments.flags import Settings
 from experiments.progress import ANSWERING, Reporter, progress
 from experiments.questions import Question
@@ -93,8 +95,8 @@ def plan(settings: Settings, needed: Sequence[str]) -> Plan:
 
 
 def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
-        plan: Callable[[Settings, Sequence[str]], Plan] = plan, console: Console | None = None, show: Show = progress
-        ) -> list[Result]:
+        plan: Callable[[Settings, Sequence[str]], Plan] = plan, console: Console | None = None, show: Show = progress,
+        contents: Contents | None = None) -> list[Result]:
     """Answers every question with every method; each answer is on the disk before the next question begins.
 
     The device memory that this takes is printed before a model is loaded.
@@ -108,22 +110,32 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
       plan: the device memory that decoders of some methods take.
       console: where progress goes, by default stderr.
       show: how a method's progress is shown there.
+      contents: of the models, as far as they have been looked at; None looks at all of them.
 
     Raises:
-      UserError: what is wrong with questions, output directory or answers found there, or too little device memory,
-        before a model is loaded; a first turn longer than the cache, before the first question is answered.
+      UserError: what is wrong with questions, output directory or answers found there, another run that writes there, or
+        too little device memory, before a model is loaded; a first turn longer than the cache, before the first question is
+        answered.
     """
     console = console or Console(stderr=True)
     asked = settings.questions()
-    for directory in {settings.output_dir, settings.answers(settings.methods[0]).parent}:
+    kept = {settings.answers(method).parent for method in settings.methods}
+    for directory in {settings.output_dir, *kept}:
         answers.check_directory(directory)
-    files = {method: AnswerFile(settings.answers(method), identity(settings, method, asked), resume=settings.resume)
-             for method in settings.methods}
+    with claims.answered(kept):
+        return _run(settings, asked, load, plan, console, show, contents or Contents())
+
+
+def _run(settings: Settings, asked: Sequence[Question], load: Callable[[Settings], Bench],
+         plan: Callable[[Settings, Sequence[str]], Plan], console: Console, show: Show, contents: Contents) -> list[Result]:
+    files = {method: AnswerFile(
+        settings.answers(method), identity(settings, method, asked, contents), resume=settings.resume,
+        asked=[question.id for question in asked], places=model_places(settings.models, method)) for method in settings.methods}
     for method, file in files.items():
-        if file.found:
-            hint = " (--noresume measures again)" if file.measured else ", going on behind them"
-            _say(console, f"{method}: {len(file.found)} of {count(len(asked), 'answer')} found in {file.path}{hint}")
+        if file.found or file.lost:
+            _say(console, f"{method}: {len(file.found)} of {count(len(asked), 'answer')} found in {file.path}{_hint(file)}")
     if not all(file.measured for file in files.values()) or _differing(settings, files):
+        settings = dataclasses.replace(settings, models=contents.placed(settings.models))
         needed = [method for method, file in files.items() if not file.measured] or ["baseline"]
         memory = plan(settings, needed)
         _say(console, memory.describe())
@@ -140,6 +152,12 @@ def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
                 found = comparison.measure(file.found, files["baseline"].found, asked, desk.encode, decoder.next_logits)
                 file.finish({**file.measured, "differences": found})
     return [Result(method=method, answers=tuple(file.found), measured=file.measured) for method, file in files.items()]
+
+
+def _hint(file: AnswerFile) -> str:
+    if file.measured:
+        return " (--noresume measures again)"
+    return ", where a run had finished: the others are gone, and are answered again" if file.lost else ", going on behind them"
 
 
 def _say(console: Console, text: str) -> None:
@@ -164,10 +182,13 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
         _warm_up(decoder, desk, asked, settings.max_new_tokens)
         reporter.doing(ANSWERING)
         file.start()
-        model_id = f"{settings.models.target_name}-{desk.precision}-{method}"
+        if not file.found:
+            scoring.score_file(file.path).unlink(missing_ok=True)  # of answers that are gone
+        # a model that bears another name by now is the same one
+        model_id = file.model_id or f"{settings.models.target_name}-{desk.precision}-{method}"
         for question in waiting:
             turns, cut = _converse(decoder, desk, question, settings.max_new_tokens)
-            reporter.answered(file.append(answers.record(question, turns, model_id=model_id, cut=cut)))
+            reporter.answered(file.append(answer_format.record(question, turns, model_id=model_id, cut=cut)))
             if cut:
                 reporter.note(f"question {question.id} ends early: {cut}")
         reporter.doing("timing the phases of a round")
@@ -243,26 +264,32 @@ def inner_work(found: Sequence[Answer], drafter: sm.HierarchicalDrafter) -> dict
     return {"inner_rounds": inner / rounds, "ahead": ahead / rounds}
 
 
-def identity(settings: Settings, method: str, asked: Sequence[Question]) -> dict[str, Any]:
-    """What decides a method's answers and their times, for the answer file's sidecar."""
+def identity(settings: Settings, method: str, asked: Sequence[Question], contents: Contents) -> dict[str, Any]:
+    """What decides a method's answers and their times, for the answer file's sidecar.
+
+    Models, heads and files count by what they hold, and not by where they lie."""
     models = settings.models
     return {
-        "method": method, "model": _place(models.target) or methods.DEMO_NAME,
-        "precision": models.precision or "as stored",
+        "method": method, "precision": models.precision or "as stored",
         "questions": f"{settings.question_file.name} {settings.question_begin}:"
                      f"{settings.question_begin + len(asked)} {questions.digest(asked)}",
         "max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length,
         "sampling": repr(settings.sampling), "seed": settings.seed, "device": metrics.device_name(),
         **({"benchmark": settings.benchmark.name} if settings.benchmark != MT_BENCH else {}),
         "jax": jax.__version__, **({"reproducible": True} if settings.reproducible else {}),
-        **({"eagle": _place(models.head(method))} if methods.METHODS[method].versions else {}),
-        **{field: _recorded(getattr(models, field)) for field in methods.METHODS[method].settings}}
+        **contents.of_method(models, method)}
 
 
-def _recorded(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | int | float) else repr(value)
+def model_places(models: methods.Models, method: str) -> dict[str, Any]:
+    """Where what a method runs with lies, for who reads the sidecar."""
+    chosen = methods.METHODS[method]
+    named = {"model": models.target or methods.DEMO_NAME}
+    if chosen.versions:
+        named["eagle"] = models.head(method)
+    named |= {field: getattr(models, field) for field in ("drafter", "vocabulary") if field in chosen.settings}
+    return {key: _place(place) for key, place in named.items() if place}
 
 
-def _place(model: str | None) -> str | None:
+def _place(model: str) -> str:
     """A model's place however the working directory lies; hub names stay."""
-    return str(pathlib.Path(model).resolve()) if model and pathlib.Path(model).exists() else model
+    return str(pathlib.Path(model).resolve()) if pathlib.Path(model).exists() else model

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.answers import Answer
 from experiments.questions import Question
+from specmq_jax.contents import json_digest
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_json
 from specmq_jax.words import count
@@ -58,11 +59,13 @@ class Score:
       metric: what `share` is called.
       verdicts: by question id, in the order of the answers.
       questions: how many were asked, answered or not.
+      judged: digest of the answers and of what they were judged by.
     """
 
     metric: str
     verdicts: dict[int | str, Verdict]
     questions: int
+    judged: str = ""
 
     @property
     def right(self) -> int:
@@ -88,10 +91,11 @@ def score(scorer: Scorer, found: Sequence[Answer], asked: Sequence[Question]) ->
                             "--question_file=FILE")
         if not answer.texts:
             raise UserError(f"the answer to question {answer.question_id!r} holds no text to score")
+    judged = json_digest([[answer.question_id, answer.texts[0], repr(by_id[answer.question_id].reference)] for answer in found])
     # what Python warns of in programs that are judged is nothing to their reader
     with warnings.catch_warnings(action="ignore"), concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         verdicts = pool.map(lambda answer: scorer.judge(by_id[answer.question_id], answer.texts[0]), found)
-        return Score(metric=scorer.metric, questions=len(asked),
+        return Score(metric=scorer.metric, questions=len(asked), judged=judged,
                      verdicts=dict(zip((answer.question_id for answer in found), verdicts, strict=True)))
 
 
@@ -114,6 +118,6 @@ def write(answer_file: pathlib.Path, scores: Sequence[tuple[str, Score]]) -> pat
 
 def _record(model_id: str, score: Score) -> dict[str, Any]:
     return {"model_id": model_id, "metric": score.metric, "share": score.share, "right": score.right,
-            "answered": len(score.verdicts), "questions": score.questions,
+            "answered": len(score.verdicts), "questions": score.questions, "judged": score.judged,
             "verdicts": [{"question_id": ident, "right": verdict.right, "detail": verdict.detail}
                          for ident, verdict in score.verdicts.items()]}

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import flags, grid, isolated, sweep_cells, sweep_report
+from experiments import claims, flags, grid, isolated, sweep_cells, sweep_report
 from experiments.isolated import ProcessEnded
 from experiments.sweep_cells import Cell, Prepared
 from experiments.sweep_progress import Display, display
@@ -39,8 +39,15 @@ def main(argv: Sequence[str]) -> None:
             flag_values.check_value(name, given[name].value if given[name].present else None)
     (sweep,) = isolated.reports(sweep_cells.prepare, [given[name].serialize() for name in known if given[name].present])
     progress = Console(stderr=True)
+    with claims.reported(sweep.output_dir):
+        _run_and_report(sweep, progress)
+
+
+def _run_and_report(sweep: Prepared, progress: Console) -> None:
     for line in sweep.left_out:
         _say(progress, f"left out: {line}")
+    for name in sweep.lost:
+        _say(progress, f"{name}: had finished, and answers are gone, which are made again")
     scorer = sweep.benchmark.scorer
     obstacle = scorer.obstacle() if scorer else None
     failures = run(sweep, progress)

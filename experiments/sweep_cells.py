@@ -11,6 +11,7 @@ from experiments import answers, flags, human_eval, methods, runner
 from experiments.answers import AnswerFile
 from experiments.benchmark import Benchmark
 from experiments.benchmarks import BENCHMARKS
+from experiments.contents import Contents
 from experiments.flags import Settings
 from experiments.grid import Grid, Variant, WholeNumbers
 from experiments.isolated import Tell
@@ -33,13 +34,15 @@ class Cell:
       group: cells with the same target at the same precision.
       variant: the method and its settings.
       settings: of its run; one method, with an answer file of its own.
+      asked: ids of the questions.
       identity: what its answers are recorded with.
     """
 
     group: str
     variant: Variant
     settings: Settings
-    identity: Mapping[str, Any]
+    asked: tuple[int | str, ...]
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,7 +59,7 @@ class Cell:
         Raises:
           UserError: answers made with other settings lie there.
         """
-        return AnswerFile(self.settings.answers(self.variant.method), self.identity, resume=resume)
+        return AnswerFile(self.settings.answers(self.variant.method), self.identity, resume=resume, asked=self.asked)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ class Prepared:
       left_out: why some combinations are no cells.
       finished: names of the cells that former runs finished.
       answered: how many questions each cell has answered.
+      lost: names of the cells that had finished, and whose answers are gone in part.
     """
 
     device: str
@@ -80,6 +84,7 @@ class Prepared:
     left_out: tuple[str, ...]
     finished: frozenset[str]
     answered: Mapping[str, int]
+    lost: tuple[str, ...] = ()
 
     @property
     def benchmark(self) -> Benchmark:
@@ -129,11 +134,13 @@ def prepared(given: absl_flags.FlagValues) -> Prepared:
     cells = tuple(_cell(base, target, precision, variant, asked, several=len(axes.targets) > 1)
                   for target in axes.targets for precision in axes.precisions for variant in variants)
     _check_names(cells)
+    cells = _identified(cells, asked)
     files = {cell.name: cell.answers(resume=base.resume) for cell in cells}
     return Prepared(
         device=metrics.device_name(), output_dir=base.output_dir, questions=len(asked), cells=cells, left_out=tuple(left_out),
         finished=frozenset(name for name, file in files.items() if file.measured),
-        answered={name: len(file.found) for name, file in files.items()})
+        answered={name: len(file.found) for name, file in files.items()},
+        lost=tuple(name for name, file in files.items() if file.lost))
 
 
 def grid_of(given: absl_flags.FlagValues, base: Settings) -> Grid:
@@ -159,7 +166,13 @@ def _cell(base: Settings, target: str | None, precision: str | None, variant: Va
     group = "-".join([*([models.target_name] if several else []), precision or "stored"])
     settings = dataclasses.replace(base, models=models, methods=(variant.method,),
                                    answer_file=base.output_dir / group / f"{variant.name}.jsonl")
-    return Cell(group=group, variant=variant, settings=settings, identity=runner.identity(settings, variant.method, asked))
+    return Cell(group=group, variant=variant, settings=settings, asked=tuple(question.id for question in asked))
+
+
+def _identified(cells: Sequence[Cell], asked: Sequence[Question]) -> tuple[Cell, ...]:
+    contents = Contents()
+    return tuple(dataclasses.replace(cell, identity=runner.identity(cell.settings, cell.variant.method, asked, contents))
+                 for cell in cells)
 
 
 def _check_names(cells: Sequence[Cell]) -> None:

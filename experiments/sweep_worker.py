@@ -14,6 +14,7 @@ import specmq_jax as sm
 from experiments import methods, runner
 from experiments.answers import Answer
 from experiments.benchmark import Bench
+from experiments.contents import Contents
 from experiments.flags import Settings
 from experiments.isolated import Tell
 from experiments.progress import Reporter
@@ -89,7 +90,7 @@ def run_cells(cells: Sequence[Cell], tell: Tell, shared: Shared | None = None) -
 
     A cell that fails leaves its answers so far, and the traceback of a fault beside them; the next ones run all the same.
     """
-    shared = shared or LoadedModels()
+    shared, contents = shared or LoadedModels(), Contents()
     for cell in cells:
         tell(Event(cell=cell.name, kind="started"))
         show = _Showing(cell.name, tell)
@@ -100,7 +101,8 @@ def run_cells(cells: Sequence[Cell], tell: Tell, shared: Shared | None = None) -
             return memory
 
         try:
-            runner.run(cell.settings, load=shared.load, plan=plan, console=Console(quiet=True), show=show)
+            runner.run(cell.settings, load=shared.load, plan=plan, console=Console(quiet=True), show=show,
+                       contents=contents)
         except UserError as error:
             tell(Event(cell=cell.name, kind="failed", text=str(error)))
         except Exception as error:

@@ -1,0 +1,87 @@
+"""The sidecar of an answer file: the settings that made the answers, and what was measured once all were there."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from specmq_jax.errors import UserError
+from specmq_jax.files import put_json
+
+_TEXTS = ("device", "jax", "precision")
+_NUMBERS = ("max_length", "phase_prompt_tokens", "live_length", "bytes_per_round")
+_FIGURES = ("device_bandwidth", "prefill", "draft", "verify", "round")
+"""Null where they could not be measured."""
+_PLACE = ("question_id", "turn", "position", "tokens", "top_two")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The file, and what a run would write into it.
+
+    Attributes:
+      path: of the JSON file.
+      settings: what decides the answers and their times; JSON values.
+      places: where the models lie; for a reader, and never compared.
+    """
+
+    path: pathlib.Path
+    settings: Mapping[str, Any]
+    places: Mapping[str, Any]
+
+    def read_measured(self, answers: pathlib.Path, way_out: str) -> dict[str, Any] | None:
+        """What was measured beside the answers of that file; None where the run has not finished.
+
+        Raises:
+          UserError: the file is missing or damaged, or tells of other settings; it ends in `way_out`.
+        """
+        try:
+            before, measured = self._read()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{answers} holds answers, and {self.path.name}, which tells how they were made, is missing or "
+                            f"damaged; {way_out}") from None
+        if changes := self._changes(before):
+            raise UserError(f"{answers} holds answers made with other settings ({'; '.join(changes)}); {way_out}")
+        return measured
+
+    def had_finished(self) -> bool:
+        """Whether a run with these settings had measured."""
+        try:
+            before, measured = self._read()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+        return bool(measured) and not self._changes(before)
+
+    def write(self, measured: Mapping[str, Any] | None, advice: str) -> None:
+        """Writes the file; a `UserError` that ends in `advice` where that fails, and then the former file stays."""
+        put_json(self.path, {"settings": self.settings, "places": self.places, "measured": measured}, advice=advice)
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        kept = json.loads(self.path.read_text(encoding="utf-8"))
+        before, measured = kept["settings"], kept["measured"]
+        if not isinstance(before, dict) or measured is not None and not _is_measured(measured):
+            raise ValueError
+        return before, measured
+
+    def _changes(self, before: Mapping[str, Any]) -> list[str]:
+        return [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
+                for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether the value holds all that a report reads of it."""
+    if not isinstance(value, dict) or not all(isinstance(value[key], str) for key in _TEXTS):
+        return False
+    if not all(_is_number(value[key]) for key in _NUMBERS):
+        return False
+    if not all(value[key] is None or _is_number(value[key]) for key in _FIGURES):
+        return False
+    differences = value.get("differences", [])
+    return isinstance(differences, list) and all(
+        isinstance(entry, dict) and entry.keys() >= set(_PLACE) and _is_number(entry["gap"]) for entry in differences)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
