@@ -3,13 +3,17 @@
 The target answers the prompts itself; the head learns to draft these answers. MODEL is anything that checkpoints_tools.convert
 reads, or a native checkpoint; FILE has one JSON object a line, {"turns": [text, ...]} or {"prompt": text}. DST gets the head in
 the official layout (config.json, model.safetensors), which `specmq_jax.load_head` and the official implementation load. Answers
-and checkpoints stay in --work_dir, and the same command goes on where a killed one stopped.
+and checkpoints stay in --work_dir, and the same command goes on where a killed one stopped, with the same settings alone. More
+--epochs are an extension, which --extend asks for: from the update at which it goes on, the learning rate follows the schedule
+of the longer training.
 """
 
+import contextlib
 import dataclasses
+import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +26,16 @@ from checkpoints_tools.convert import arguments
 from specmq_jax import errors
 from specmq_jax import tokenizer as tk
 from specmq_jax.config import read_json
+from specmq_jax.contents import checkpoint_digest, json_digest
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination
+from specmq_jax.locks import locked
 from specmq_jax.model import Model, load
 from specmq_jax.words import count
+
+if TYPE_CHECKING:
+    from checkpoints_tools.training.answers import AnswerStore
+    from checkpoints_tools.training.record import TrainingRecord
 
 USAGE = "python -m checkpoints_tools.train_eagle MODEL DST --prompts=FILE"
 
@@ -50,6 +60,7 @@ class Settings:
     draft_vocabulary: int | None = None
     held_out: float = 0.02
     seed: int = 0
+    extend: bool = False
 
 
 def train(source: str, destination: pathlib.Path, settings: Settings, console: Console) -> None:
@@ -62,26 +73,34 @@ def train(source: str, destination: pathlib.Path, settings: Settings, console: C
         import optax  # noqa: F401
     except ImportError:
         raise UserError("training needs Optax: pip install 'specmq-jax[train]'") from None
-    from checkpoints_tools.training import answers, batched, head_files, rows
-    from checkpoints_tools.training.objective import Objective
-    from checkpoints_tools.training.sampler import Sampler
-    from checkpoints_tools.training.trainer import Schedule, Trainer
+    from checkpoints_tools.training import answers
+    from checkpoints_tools.training.record import TrainingRecord
 
-    check_destination(destination)
+    record = TrainingRecord(settings.work_dir)
+    _check_destination(destination, record)
     dialogues = answers.read_prompts(settings.prompts) if settings.prompts else []
     target = load(source, precision=settings.precision)
     _check(target, settings)
-    tokenizer = tk.load_tokenizer(target.directory)
-    params = batched.dense_parameters(target)
-    sampler = Sampler(config=target.config, slots=settings.slots or _slots(target, settings.length), max_len=settings.length,
-                      max_new_tokens=settings.max_new_tokens, stop_tokens=tk.stop_tokens(tokenizer, target.directory))
-    if settings.self_prompts:
-        kept = settings.answers / f"own_prompts_{settings.self_prompts}_{settings.seed}.jsonl"
-        dialogues += answers.own_prompts(kept, sampler, params, tokenizer, settings.self_prompts, settings.seed, console)
-    store = answers.AnswerStore(settings.answers, answers.settings(target.directory.name, target.precision, sampler, dialogues))
-    answers.make(store, sampler, params, tokenizer, dialogues, console)
+    content = checkpoint_digest(target.directory)
+    with _claimed(settings.work_dir):
+        record = TrainingRecord(settings.work_dir)
+        record.begin(_identity(settings, content, target, dialogues), extend=settings.extend)
+        updates = _train(destination, settings, console, target, content, dialogues)
+        record.finish(updates)
 
-    sequences = answers.sequences(store)
+
+def _train(destination: pathlib.Path, settings: Settings, console: Console, target: Model, content: str,
+           dialogues: list[tuple[str, ...]]) -> int:
+    """Makes the head of a training that is on record, and returns its updates."""
+    from checkpoints_tools.training import answers, batched, head_files, rows
+    from checkpoints_tools.training.objective import Objective
+    from checkpoints_tools.training.trainer import Schedule, Trainer
+
+    params = batched.dense_parameters(target)
+    sequences = answers.sequences(_answered(settings, console, target, params, content, dialogues))
+    if not sequences.tokens:
+        raise UserError(f"no prompt was answered, so that there is nothing to train on; give shorter ones, or a --length above "
+                        f"{settings.length}")
     inside, outside = rows.split(sequences, held_out=settings.held_out, seed=settings.seed)
     ids = _draft_ids(sequences, inside, target, settings)
     official = head_files.official_config(settings.version, target.config, read_json(target.directory / "config.json"),
@@ -91,18 +110,76 @@ def train(source: str, destination: pathlib.Path, settings: Settings, console: C
     updates = max(1, round(settings.epochs * tokens / (settings.batch * settings.length)))
     console.print(f"training: {count(len(inside), 'answer')} of {tokens} tokens with the prompts, {len(outside)} held out; "
                   f"{count(updates, 'update')} of {settings.batch} x {settings.length} tokens", highlight=False, soft_wrap=True)
-    objective = Objective(target=target.config, head=config, steps=settings.drafts,
-                          dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    objective = Objective(target=target.config, head=config, steps=settings.drafts, dtype=_dtype())
     schedule = Schedule(steps=updates, batch=settings.batch, length=settings.length, learning_rate=settings.learning_rate,
                         seed=settings.seed)
     trainer = Trainer(objective, schedule, params, ids, settings.work_dir, console)
     start = head_files.initial_parameters(config, params, ids, jax.random.key(settings.seed))
     trained = trainer.train(start, sequences, inside, outside)
     head_files.export(destination, jax.device_get(trained.params), config, official, ids)
+    return trained.steps
+
+
+def _answered(settings: Settings, console: Console, target: Model, params: Any, content: str,
+              dialogues: list[tuple[str, ...]]) -> "AnswerStore":
+    """The target's answers, as far as they are missing made."""
+    from checkpoints_tools.training import answers
+    from checkpoints_tools.training.sampler import Sampler
+
+    tokenizer = tk.load_tokenizer(target.directory)
+    sampler = Sampler(config=target.config, slots=settings.slots or _slots(target, settings.length), max_len=settings.length,
+                      max_new_tokens=settings.max_new_tokens, stop_tokens=tk.stop_tokens(tokenizer, target.directory))
+    made = answers.settings(content, target.precision, sampler)
+    with answers.claimed(settings.answers):
+        answers.check_kept(settings.answers, made)
+        if settings.self_prompts:
+            asked = json_digest([made, settings.self_prompts, settings.seed])
+            dialogues = dialogues + answers.own_prompts(settings.answers / f"own_prompts_{asked}.jsonl", sampler, params,
+                                                        tokenizer, settings.self_prompts, settings.seed, console)
+        store = answers.AnswerStore(settings.answers, made | {"prompts": json_digest(dialogues)})
+        answers.make(store, sampler, params, tokenizer, dialogues, console)
+    return store
+
+
+def _identity(settings: Settings, content: str, target: Model, dialogues: list[tuple[str, ...]]) -> dict[str, Any]:
+    """What decides the head, JSON values."""
+    own = ("self_prompts", "version", "max_new_tokens", "length", "batch", "epochs", "learning_rate", "drafts",
+           "draft_vocabulary", "held_out", "seed")
+    return {"model content": content, "precision": target.precision, "prompts": json_digest(dialogues),
+            **{name: getattr(settings, name) for name in own}, "arithmetic": jnp.dtype(_dtype()).name}
+
+
+def _dtype() -> Any:
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _check_destination(destination: pathlib.Path, record: "TrainingRecord") -> None:
+    try:
+        check_destination(destination)
+    except UserError as error:
+        if record.finished is None:
+            raise
+        raise UserError(f"{error}; the training in {record.directory} has finished, after {record.finished} updates, and more "
+                        "--epochs with --extend go on behind them") from None
+
+
+@contextlib.contextmanager
+def _claimed(work_dir: pathlib.Path) -> Iterator[None]:
+    """Keeps other trainings out of the directory, which is made where it is missing."""
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{work_dir} can't be written: {error.strerror}; give another --work_dir") from None
+    with locked(work_dir / ".run.lock", f"another training is going on in {work_dir}; wait until it has ended, or give another "
+                                        "--work_dir"):
+        yield
 
 
 def _check(target: Model, settings: Settings) -> None:
     """What the flags ask for is possible with this target."""
+    for name in ("epochs", "learning_rate"):
+        if not math.isfinite(getattr(settings, name)):
+            raise UserError(f"--{name}={getattr(settings, name)} is no number to train with; give a finite one")
     config = target.config
     if settings.version == 3 and config.num_layers < 4:
         raise UserError(f"an EAGLE-3 head reads three layers of a target of at least 4; this one has {config.num_layers}; "
@@ -146,7 +223,8 @@ def main(argv: Sequence[str]) -> None:
         precision=values.precision, slots=values.slots, max_new_tokens=values.max_new_tokens,
         length=values.length, batch=values.batch or (4 if cpu else 16), epochs=values.epochs,
         learning_rate=values.learning_rate, drafts=values.drafts or (3 if values.version == "2" else 5),
-        draft_vocabulary=values.draft_vocabulary, held_out=values.held_out, seed=values.seed)
+        draft_vocabulary=values.draft_vocabulary, held_out=values.held_out, seed=values.seed,
+        extend=values.extend)
     train(source, pathlib.Path(destination), settings, Console(stderr=True))
     print(destination)
 
@@ -165,11 +243,13 @@ if __name__ == "__main__":
     flags.DEFINE_integer("length", 1024, "Tokens of a prompt with its answer, and of a row of training.", lower_bound=64)
     flags.DEFINE_integer("batch", None, "Rows of an update. Default: 4 on a CPU, 16 on a GPU.", lower_bound=1)
     flags.DEFINE_float("epochs", 4.0, "How often each answer is trained on.", lower_bound=0)
+    flags.DEFINE_boolean("extend", False, "Train a training in --work_dir on to more --epochs than it was begun with.")
     flags.DEFINE_float("learning_rate", 1e-3, "At its peak.", lower_bound=0)
     flags.DEFINE_integer("drafts", None, "Successive drafts that training unrolls. Default: 3 for version 2, 5 for 3.",
                          lower_bound=1)
     flags.DEFINE_integer("draft_vocabulary", None, "Tokens that an EAGLE-3 head scores, the most frequent of the answers. "
                          "Default: 32768, at most the target's.", lower_bound=1)
-    flags.DEFINE_float("held_out", 0.02, "Share of the dialogues that acceptance is measured on.", 0, 0.5)
+    flags.DEFINE_float("held_out", 0.02, "Share of the dialogues that acceptance is measured on; above 0 at least one "
+                       "of several, 0 none.", 0, 0.5)
     flags.DEFINE_integer("seed", 0, "Of the head's first parameters, the split and the order of training.", 0, 2**32 - 1)
     errors.run(main)

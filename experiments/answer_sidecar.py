@@ -9,6 +9,7 @@ from typing import Any
 
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_json
+from specmq_jax.kept_settings import changes
 
 _TEXTS = ("device", "jax", "precision")
 _NUMBERS = ("max_length", "phase_prompt_tokens", "live_length", "bytes_per_round")
@@ -42,8 +43,8 @@ class Sidecar:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{answers} holds answers, and {self.path.name}, which tells how they were made, is missing or "
                             f"damaged; {way_out}") from None
-        if changes := self._changes(before):
-            raise UserError(f"{answers} holds answers made with other settings ({'; '.join(changes)}); {way_out}")
+        if found := changes(before, self.settings):
+            raise UserError(f"{answers} holds answers made with other settings ({'; '.join(found)}); {way_out}")
         return measured
 
     def had_finished(self) -> bool:
@@ -52,7 +53,7 @@ class Sidecar:
             before, measured = self._read()
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
-        return bool(measured) and not self._changes(before)
+        return bool(measured) and not changes(before, self.settings)
 
     def write(self, measured: Mapping[str, Any] | None, advice: str) -> None:
         """Writes the file; a `UserError` that ends in `advice` where that fails, and then the former file stays."""
@@ -64,10 +65,6 @@ class Sidecar:
         if not isinstance(before, dict) or measured is not None and not _is_measured(measured):
             raise ValueError
         return before, measured
-
-    def _changes(self, before: Mapping[str, Any]) -> list[str]:
-        return [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
-                for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
 
 
 def _is_measured(value: Any) -> bool:

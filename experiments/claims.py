@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator
 
-from specmq_jax.files import locked
+from specmq_jax.locks import locked
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """The target's own answers to a file of prompts, made once and kept on disk."""
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,16 +13,21 @@ import numpy as np
 from jaxtyping import Int32
 from rich.console import Console
 
+from checkpoints_tools.training.answer_parts import Row, find_parts, next_part, read_part, write_part
 from checkpoints_tools.training.batched import Params
 from checkpoints_tools.training.sampler import Completion, Request, Sampler
 from specmq_jax import tokenizer as tk
 from specmq_jax import words
-from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
-from specmq_jax.files import put_json, put_text, written
+from specmq_jax.files import put_text
+from specmq_jax.kept_settings import changes, read_settings, write_settings
+from specmq_jax.locks import locked
 
 PART = 1024
 """Answers in one file."""
+
+_SETTINGS = "settings.json"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Turns = tuple[str, ...]
 
@@ -63,12 +69,15 @@ def _turns(line: str, place: str) -> Turns:
     try:
         record = json.loads(line)
         turns = record["turns"] if "turns" in record else [record["prompt"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{place}: expected {{"turns": [text, ...]}} or {{"prompt": text}}') from None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise UserError(f"{place}: expected a list of at least one text")
     if not all(turn.strip() for turn in turns):
         raise UserError(f"{place}: a prompt is empty; remove it")
+    if any(_HALF_PAIR.search(turn) for turn in turns):
+        raise UserError(f"{place}: a prompt holds half of a surrogate pair (\\ud800 to \\udfff alone), which is no text; "
+                        "mend it")
     return tuple(turns)
 
 
@@ -85,33 +94,28 @@ class AnswerStore:
           settings: what decides the answers, JSON values.
 
         Raises:
-          UserError: answers found there were made with other settings, or can't be read.
+          UserError: answers found there were made with other settings, or the directory can't be written.
         """
         self.directory = directory
-        self.settings = dict(settings)
-        kept = directory / "settings.json"
-        if kept.exists():
-            before = read_json(kept)
-            changes = [f"{key} {before.get(key)!r} there and {self.settings.get(key)!r} here"
-                       for key in dict.fromkeys([*before, *self.settings]) if before.get(key) != self.settings.get(key)]
-            if changes:
-                raise UserError(f"{directory} holds answers made otherwise ({'; '.join(changes)}); give another --answers")
-        else:
-            put_json(kept, self.settings, parents=True)
-        self._parts = sorted(directory.glob("part_*.npz"))
-        self._waiting: list[tuple[int, int, int, np.ndarray]] = []
+        self._parts = check_kept(directory, settings, whole=True)
+        self._waiting: list[Row] = []
+        if not self._parts:
+            write_settings(directory / _SETTINGS, settings)
 
-    def found(self) -> Iterator[tuple[int, int, int, Int32[np.ndarray, "n"]]]:
-        """Dialogue, turn, prompt length and all tokens of every answer kept so far."""
-        for path in self._parts:
-            try:
-                with np.load(path) as part:
-                    rows = np.split(part["tokens"], np.cumsum(part["lengths"])[:-1])
-                    yield from zip(part["dialogues"].tolist(), part["turns"].tolist(), part["prompts"].tolist(), rows,
-                                   strict=True)
-            except (OSError, ValueError, KeyError, EOFError) as error:
-                raise UserError(f"{path} is damaged ({error}); remove it, and the same command makes its answers again"
-                                ) from None
+    def found(self) -> Iterator[Row]:
+        """Dialogue, turn, prompt length and all tokens of every answer kept so far, in order of dialogue and turn.
+
+        An answer whose dialogue lacks an earlier one is left out: a part of the store was removed.
+
+        Raises:
+          UserError: a part is damaged.
+        """
+        rows = {row[:2]: row for path in self._parts for row in read_part(path)}
+        following = {}
+        for dialogue, turn in sorted(rows):
+            if turn == following.get(dialogue, 0):
+                following[dialogue] = turn + 1
+                yield rows[dialogue, turn]
 
     def add(self, dialogue: int, turn: int, completion: Completion) -> None:
         """Keeps an answer; it is on the disk once `PART` have come, or after `flush`."""
@@ -124,13 +128,49 @@ class AnswerStore:
         """Writes what waits."""
         if not self._waiting:
             return
-        dialogues, turns, prompts, rows = zip(*self._waiting, strict=True)
-        path = self.directory / f"part_{len(self._parts):05}.npz"
-        with written(path, advice=_GOES_ON) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, dialogues=np.int32(dialogues), turns=np.int32(turns), prompts=np.int32(prompts),
-                                lengths=np.int32([len(row) for row in rows]), tokens=np.concatenate(rows))
+        path = next_part(self.directory, self._parts)
+        write_part(path, self._waiting, _GOES_ON)
         self._parts.append(path)
         self._waiting = []
+
+
+def check_kept(directory: pathlib.Path, settings: Mapping[str, Any], *, whole: bool = False) -> list[pathlib.Path]:
+    """The parts of a store, which may not be there yet.
+
+    Args:
+      directory: the store's.
+      settings: what decides the answers, or those of them that are known before the prompts are.
+      whole: they are all.
+
+    Raises:
+      UserError: answers found there were made otherwise.
+    """
+    parts, place = find_parts(directory), directory / _SETTINGS
+    if not parts:
+        return parts
+    before = read_settings(place, "give another --answers")
+    if before is None:
+        raise UserError(f"{directory} holds answers, and {_SETTINGS}, which tells how they were made, is missing; give another "
+                        "--answers")
+    if found := changes({key: value for key, value in before.items() if whole or key in settings}, settings):
+        raise UserError(f"{directory} holds answers made otherwise ({'; '.join(found)}); give another --answers")
+    return parts
+
+
+@contextlib.contextmanager
+def claimed(directory: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs from making answers in a store, which is made where it is missing.
+
+    Raises:
+      UserError: one does, or the directory can't be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} can't be written: {error.strerror}") from None
+    with locked(directory / ".answers.lock", f"another run is making answers in {directory}; wait until it has made them, or "
+                                             "give another --answers"):
+        yield
 
 
 class _Progress:
@@ -155,11 +195,10 @@ class _Progress:
                             "together, prefills counted", highlight=False, soft_wrap=True)
 
 
-def settings(model: str, precision: str, sampler: Sampler, dialogues: Sequence[Turns]) -> dict[str, Any]:
-    """What decides the answers."""
-    digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()[:16]
-    return {"model": model, "precision": precision, "max_new_tokens": sampler.max_new_tokens, "max_len": sampler.max_len,
-            "prompts": digest}
+def settings(content: str, precision: str, sampler: Sampler) -> dict[str, Any]:
+    """What decides the answers to a prompt, `content` being the model's digest."""
+    return {"model content": content, "precision": precision, "max_new_tokens": sampler.max_new_tokens,
+            "max_len": sampler.max_len}
 
 
 def own_prompts(path: pathlib.Path, sampler: Sampler, params: Params, tokenizer: Any, count: int, seed: int,
@@ -220,7 +259,10 @@ def make(store: AnswerStore, sampler: Sampler, params: Params, tokenizer: Any, d
                       f"more than {sampler.max_len // 2} tokens",
                       highlight=False, soft_wrap=True)
     made: dict[int, list[tuple[int, ...]]] = {}
-    for dialogue, _, length, tokens in sorted(store.found(), key=lambda row: row[:2]):
+    for dialogue, turn, length, tokens in store.found():
+        if dialogue >= len(dialogues) or turn >= len(dialogues[dialogue]):
+            raise UserError(f"{store.directory} holds an answer to turn {turn} of dialogue {dialogue}, which the prompts lack; "
+                            "give another --answers")
         made.setdefault(dialogue, []).append(tuple(tokens[length:].tolist()))
     pending = (request(dialogue, made.get(dialogue, ())) for dialogue in range(len(dialogues)))
     waiting = [found for found in pending if found is not None]
@@ -247,6 +289,6 @@ def make(store: AnswerStore, sampler: Sampler, params: Params, tokenizer: Any, d
 
 def sequences(store: AnswerStore) -> Sequences:
     """All answers kept, in order of dialogue and turn."""
-    rows = sorted(store.found(), key=lambda row: row[:2])
+    rows = list(store.found())
     return Sequences(tokens=[row[3] for row in rows], prompts=np.int32([row[2] for row in rows]),
                      dialogues=np.int32([row[0] for row in rows]))

@@ -36,9 +36,13 @@ class Rows:
 
 
 def split(sequences: Sequences, *, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the sequences to train on and of those held out; all turns of a dialogue fall on one side."""
+    """Indices of the sequences to train on and of those held out; all turns of a dialogue fall on one side.
+
+    A share above 0 holds out one dialogue at least, but never the only one.
+    """
     dialogues = np.unique(sequences.dialogues)
-    chosen = np.random.default_rng(seed).permutation(dialogues)[:max(1, round(held_out * len(dialogues)))]
+    count = min(max(1, round(held_out * len(dialogues))), len(dialogues) - 1) if held_out > 0 and len(dialogues) else 0
+    chosen = np.random.default_rng(seed).permutation(dialogues)[:count]
     outside = np.isin(sequences.dialogues, chosen)
     return np.flatnonzero(~outside), np.flatnonzero(outside)
 

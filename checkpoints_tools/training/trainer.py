@@ -1,8 +1,11 @@
 """The optimisation of a head, with checkpoints to go on from."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +36,8 @@ class Schedule:
       steps: updates in all.
       batch: rows of an update.
       length: tokens of a row.
-      learning_rate: at its peak, behind a warm-up of a twentieth of the steps; it falls to a hundredth on a cosine.
+      learning_rate: at its peak, behind a warm-up of a twentieth of the steps; it falls to a hundredth on a cosine. A single
+        step is one at the peak.
       evaluate_every, save_every: updates between two looks at the held-out rows, and between two checkpoints.
       seed: of the order of the rows.
     """
@@ -47,17 +51,22 @@ class Schedule:
     seed: int = 0
 
     def optimizer(self) -> optax.GradientTransformation:
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, self.steps // 20), self.steps,
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(self.rate(), b1=0.9, b2=0.95, weight_decay=0.01))
+
+    def rate(self) -> optax.Schedule:
+        """The learning rate of each step, counted from 0."""
+        if self.steps == 1:  # no room for a warm-up, whose first rate is 0
+            return optax.constant_schedule(self.learning_rate)
+        return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(1, self.steps // 20), self.steps,
                                                   self.learning_rate / 100)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.01))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Parameters, what they reach on the held-out rows, and the updates made."""
+    """Parameters, what they reach on the held-out rows (None where none are held out), and the updates made."""
 
     params: Any
-    acceptance: Acceptance
+    acceptance: Acceptance | None
     steps: int
 
 
@@ -94,7 +103,9 @@ class Trainer:
             done = kept.latest_step() or 0
             if done:
                 state = self._restored(kept, done, state)
-                self._console.print(f"training: going on behind update {done}", highlight=False)
+                self._console.print(f"training: going on behind update {done}" if done < schedule.steps else
+                                    f"training: finished before, after update {done}", highlight=False)
+            self._mend_log()
             batches, start, told = self._batches(sequences, training, done), time.perf_counter(), done
             sums = None
             for step in range(done + 1, schedule.steps + 1):
@@ -110,7 +121,8 @@ class Trainer:
                 if step % schedule.save_every == 0 or step == schedule.steps:
                     self._save(kept, step, state)
                     start = time.perf_counter()
-        return Trained(params=state[0], acceptance=self._held_out(schedule.steps, state[0], outside), steps=schedule.steps)
+        made = max(done, schedule.steps)
+        return Trained(params=state[0], acceptance=self._held_out(made, state[0], outside), steps=made)
 
     def _update_step(self, state: tuple[Any, Any], target: Params, ids: Array | None, batch: dict[str, Array]
                      ) -> tuple[tuple[Any, Any], dict[str, Array]]:
@@ -133,7 +145,9 @@ class Trainer:
                 if number > done:
                     yield packed[first:first + self.schedule.batch].arrays
 
-    def _held_out(self, step: int, params: Any, outside: Rows) -> Acceptance:
+    def _held_out(self, step: int, params: Any, outside: Rows) -> Acceptance | None:
+        if not len(outside):
+            return None
         counts: Float[np.ndarray, "J 4"] = np.zeros((self.objective.steps, 4))
         for first in range(0, len(outside), self.schedule.batch):
             batch = outside[first:first + self.schedule.batch].arrays
@@ -162,27 +176,43 @@ class Trainer:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _checkpoints(self) -> ocp.CheckpointManager:
+    def _mend_log(self) -> None:
+        """Drops the half line that a full disk may have left."""
+        log = self._directory / "log.jsonl"
+        if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):
+            os.truncate(log, content.rfind(b"\n") + 1)
+
+    @contextlib.contextmanager
+    def _checkpoints(self) -> Iterator[ocp.CheckpointManager]:
+        place = (self._directory / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
         try:
-            return ocp.CheckpointManager((self._directory / "checkpoints").absolute(), options=options)
-        except OSError as error:
+            kept = ocp.CheckpointManager(place, options=options)
+        except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
+        try:
+            yield kept
+        finally:
+            kept.close()
+            for unfinished in place.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _save(self, kept: ocp.CheckpointManager, step: int, state: Any) -> None:
         try:
             kept.save(step, args=ocp.args.StandardSave(state))
-        except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+        except (OSError, ValueError, RuntimeError) as error:  # Orbax and TensorStore report a full disk as any of these
             raise self._unwritable(error) from None
 
     def _restored(self, kept: ocp.CheckpointManager, step: int, like: Any) -> Any:
         try:
             return kept.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged checkpoint
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"the checkpoint of update {step} in {self._directory} is damaged or of another head "
-                            f"({str(error).splitlines()[0][:120]}); give another --work_dir") from None
+                            f"({reason[:120]}); remove {self._directory / 'checkpoints' / str(step)} to go on from the one "
+                            "before, or give another --work_dir") from None
 
     def _unwritable(self, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:160]
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:160]
         return UserError(f"{self._directory} can't be written: {reason}; the checkpoints it holds are kept, and the same "
                          "command goes on behind them")
