@@ -7,7 +7,7 @@ arXiv:2404.00456). A killed run that looks at a text goes on behind its last fin
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -18,7 +18,6 @@ from checkpoints_tools.convert import (
     check_changed,
     check_head,
     define_head_precision,
-    fingerprint,
     target_formats,
     write,
 )
@@ -28,6 +27,7 @@ from checkpoints_tools.quantizers.smooth import INPUTS, Smoothing
 from checkpoints_tools.readers import Reader, open_source
 from checkpoints_tools.rotate import RotatedReader, random_rotation
 from specmq_jax import errors, formats
+from specmq_jax.contents import checkpoint_digest, json_digest
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, scratch
 from specmq_jax.formats import DenseFormat
@@ -72,7 +72,7 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
         raise UserError(f"{source} holds {reader.formats.linear.name} weights, which would be rounded a second time; give the "
                         "model that they were made from")
     made = recipe.describe() | {"rotation_seed": rotation_seed}
-    key = fingerprint(reader)
+    source_reader = reader
     if rotation_seed is not None:
         reader = RotatedReader(reader, random_rotation(reader.llama.hidden_size, rotation_seed), rotation_seed)
     head = formats.get(head_precision) if head_precision else None
@@ -82,7 +82,16 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
         check_changed(reader, wanted, head)
         return write(reader, destination, target, quantisation=made)
     text = calibration.read(_tokenizer(reader), reader.llama)
-    return Quantiser(reader, target, recipe, text).write(destination, made | {"calibration": text.describe()}, key)
+    digests = reader.digests()
+    return Quantiser(reader, target, recipe, text).write(destination, made | {"calibration": text.describe()},
+                                                         content=_content(source_reader, digests), digests=digests)
+
+
+def _content(reader: Reader, digests: Mapping[str, str]) -> str:
+    """The digest of all that a model's weights are made from, wherever it lies; `digests` are the reader's."""
+    if reader.kind == "native":
+        return checkpoint_digest(reader.location)
+    return json_digest([reader.config, dict(digests)])
 
 
 def _tokenizer(reader: Reader) -> "Tokenizer":

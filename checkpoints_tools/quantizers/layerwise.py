@@ -1,6 +1,7 @@
 """Quantises a model layer by layer, each for the inputs that the quantised layers before it lead to."""
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -59,35 +60,40 @@ class Quantiser:
         self._config = reader.llama
         self._shapes = parameter_shapes(self._config)
 
-    def write(self, destination: pathlib.Path, made: Mapping[str, Any], fingerprint: str) -> pathlib.Path:
+    def write(self, destination: pathlib.Path, made: Mapping[str, Any], *, content: str, digests: Mapping[str, str]
+              ) -> pathlib.Path:
         """Writes the quantised model as a native checkpoint, which it returns; a killed run's finished layers are used.
 
         Args:
           destination: must not exist, or be an empty directory.
-          made: for specmq.json; with `fingerprint`, the source's, and the target it decides the layers.
+          made: for specmq.json; with `content`, the calibration and the target it decides the layers.
+          content: digest of all that the source's weights are made from.
+          digests: of the source's files, for specmq.json.
 
         Raises:
-          UserError: an unfinished run with other settings, a damaged source, inputs that are not finite.
+          UserError: an unfinished run with other settings, another run that makes the layers, a damaged source, inputs that
+            are not finite.
         """
-        settings = {"source": fingerprint[:12], **self._target.names, **made}
-        kept = KeptLayers(destination, settings, self._target)
-        layers = self._config.num_layers
-        with convert.progress_bar() as progress:
-            task = progress.add_task(f"{self._reader.location.name} to {self._target.linear.name}", total=layers)
-            stream = self._embed()
-            for layer in range(layers):
-                self._layer(layer, stream, kept)
-                progress.advance(task)
-        del stream
-        reader = self._reader
-        with CheckpointWriter(destination, config=reader.config, formats=self._target, source=convert.origin_of(reader),
-                              quantisation=made) as writer:
-            reader.save_tokenizer(writer.directory)
-            reader.save_rotation(writer.directory)
-            for path, weight in self._finished(kept):
-                writer.add(path, weight)
-            writer.add_digests(reader.digests())
-        kept.remove()
+        tokens = hashlib.sha256(np.ascontiguousarray(self._calibration.tokens)).hexdigest()[:16]
+        settings = {"source content": content, **self._target.names, **made, "calibration tokens": tokens}
+        with KeptLayers(destination, settings, self._target) as kept:
+            layers = self._config.num_layers
+            with convert.progress_bar() as progress:
+                task = progress.add_task(f"{self._reader.location.name} to {self._target.linear.name}", total=layers)
+                stream = self._embed()
+                for layer in range(layers):
+                    self._layer(layer, stream, kept)
+                    progress.advance(task)
+            del stream
+            reader = self._reader
+            with CheckpointWriter(destination, config=reader.config, formats=self._target, source=convert.origin_of(reader),
+                                  quantisation=made) as writer:
+                reader.save_tokenizer(writer.directory)
+                reader.save_rotation(writer.directory)
+                for path, weight in self._finished(kept):
+                    writer.add(path, weight)
+                writer.add_digests(digests)
+            kept.remove()
         return destination
 
     def _embed(self) -> Float[np.ndarray, "n S D"]:

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints_tools.training.checkpoints import Checkpoints
 from specmq_jax.errors import UserError
 from specmq_jax.kept_settings import changes, read_settings, write_settings
 
@@ -47,8 +48,7 @@ class TrainingRecord:
         self._write(self._settings or {}, updates)
 
     def _has_checkpoints(self) -> bool:
-        place = self.directory / "checkpoints"
-        return place.is_dir() and any(path.name.isdecimal() for path in place.iterdir())
+        return bool(Checkpoints(self.directory / "checkpoints").steps())
 
     def _check(self, settings: Mapping[str, Any], *, extend: bool) -> None:
         if self._settings is None:
@@ -67,7 +67,4 @@ class TrainingRecord:
 
     def _write(self, settings: Mapping[str, Any], finished: int | None) -> None:
         self._settings, self.finished = dict(settings), finished
-        try:
-            write_settings(self._path, {"settings": self._settings, "finished": finished})
-        except OSError as error:
-            raise UserError(f"{self.directory} can't be written: {error.strerror}; give another --work_dir") from None
+        write_settings(self._path, {"settings": self._settings, "finished": finished})

@@ -1,11 +1,9 @@
 """The optimisation of a head, with checkpoints to go on from."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int32
 from rich.console import Console
 
 from checkpoints_tools.training import rows as row_packing
 from checkpoints_tools.training.answers import Sequences
 from checkpoints_tools.training.batched import Params
+from checkpoints_tools.training.checkpoints import Checkpoints
 from checkpoints_tools.training.objective import Acceptance, Objective
 from checkpoints_tools.training.rows import Rows
-from specmq_jax.checkpoint import quiet
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -99,28 +96,28 @@ class Trainer:
         schedule = self.schedule
         state = params, self._optimizer.init(params)
         outside = row_packing.pack(sequences, held_out, schedule.length)
-        with quiet(), self._checkpoints() as kept:
-            done = kept.latest_step() or 0
-            if done:
-                state = self._restored(kept, done, state)
-                self._console.print(f"training: going on behind update {done}" if done < schedule.steps else
-                                    f"training: finished before, after update {done}", highlight=False)
-            self._mend_log()
-            batches, start, told = self._batches(sequences, training, done), time.perf_counter(), done
-            sums = None
-            for step in range(done + 1, schedule.steps + 1):
-                state, figures = self._update(state, self._target, self._ids, next(batches))
-                sums = figures if sums is None else jax.tree.map(jnp.add, sums, figures)
-                if step % 50 == 0 or step == schedule.steps:
-                    sums = jax.device_get(sums)
-                    self._tell(step, sums, step - told, time.perf_counter() - start)
-                    sums, told, start = None, step, time.perf_counter()
-                if step % schedule.evaluate_every == 0 and step < schedule.steps:
-                    self._held_out(step, state[0], outside)
-                    start = time.perf_counter()
-                if step % schedule.save_every == 0 or step == schedule.steps:
-                    self._save(kept, step, state)
-                    start = time.perf_counter()
+        kept = Checkpoints(self._directory / "checkpoints")
+        done = max(kept.steps(), default=0)
+        if done:
+            state = kept.restore(done, state)
+            self._console.print(f"training: going on behind update {done}" if done < schedule.steps else
+                                f"training: finished before, after update {done}", highlight=False)
+        self._mend_log()
+        batches, start, told = self._batches(sequences, training, done), time.perf_counter(), done
+        sums = None
+        for step in range(done + 1, schedule.steps + 1):
+            state, figures = self._update(state, self._target, self._ids, next(batches))
+            sums = figures if sums is None else jax.tree.map(jnp.add, sums, figures)
+            if step % 50 == 0 or step == schedule.steps:
+                sums = jax.device_get(sums)
+                self._tell(step, sums, step - told, time.perf_counter() - start)
+                sums, told, start = None, step, time.perf_counter()
+            if step % schedule.evaluate_every == 0 and step < schedule.steps:
+                self._held_out(step, state[0], outside)
+                start = time.perf_counter()
+            if step % schedule.save_every == 0 or step == schedule.steps:
+                kept.save(step, state)
+                start = time.perf_counter()
         made = max(done, schedule.steps)
         return Trained(params=state[0], acceptance=self._held_out(made, state[0], outside), steps=made)
 
@@ -182,37 +179,7 @@ class Trainer:
         if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):
             os.truncate(log, content.rfind(b"\n") + 1)
 
-    @contextlib.contextmanager
-    def _checkpoints(self) -> Iterator[ocp.CheckpointManager]:
-        place = (self._directory / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
-        try:
-            kept = ocp.CheckpointManager(place, options=options)
-        except (OSError, ValueError) as error:
-            raise self._unwritable(error) from None
-        try:
-            yield kept
-        finally:
-            kept.close()
-            for unfinished in place.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _save(self, kept: ocp.CheckpointManager, step: int, state: Any) -> None:
-        try:
-            kept.save(step, args=ocp.args.StandardSave(state))
-        except (OSError, ValueError, RuntimeError) as error:  # Orbax and TensorStore report a full disk as any of these
-            raise self._unwritable(error) from None
-
-    def _restored(self, kept: ocp.CheckpointManager, step: int, like: Any) -> Any:
-        try:
-            return kept.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged checkpoint
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the checkpoint of update {step} in {self._directory} is damaged or of another head "
-                            f"({reason[:120]}); remove {self._directory / 'checkpoints' / str(step)} to go on from the one "
-                            "before, or give another --work_dir") from None
-
-    def _unwritable(self, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:160]
+    def _unwritable(self, error: OSError) -> UserError:
+        reason = error.strerror or str(error).splitlines()[0][:160]
         return UserError(f"{self._directory} can't be written: {reason}; the checkpoints it holds are kept, and the same "
                          "command goes on behind them")

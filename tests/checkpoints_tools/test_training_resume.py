@@ -231,7 +231,7 @@ class Training:
             max_new_tokens=8, length=64, batch=1, epochs=0.1, drafts=1)
 
     def run(self, name="head", **changes):
-        """What was said; the head is taken away."""
+        """What was said while the head of that name was made."""
         said = Console(file=io.StringIO(), width=500)
         train_eagle.train(str(self.model), self.directory / name, dataclasses.replace(self.settings, **changes), said)
         return said.file.getvalue()
@@ -257,8 +257,8 @@ def test_a_training_of_one_update_is_extended_and_belongs_to_its_model(tmp_path)
             training.run("other", **changes)
     assert "3 updates" in training.run("more", epochs=3 * 64 / json.loads(tokens(tmp_path)), extend=True)
     assert training.steps[-1] == 3
-    (tmp_path / "work" / "checkpoints" / "3" / "default" / "_METADATA").write_text("{")
-    with pytest.raises(UserError, match="the checkpoint of update 3 .* is damaged .*remove .*checkpoints/3 to go on") as caught:
+    (tmp_path / "work" / "checkpoints" / "3" / "state.safetensors").write_text("{")
+    with pytest.raises(UserError, match=r"3/state.safetensors is damaged .*remove .*checkpoints/3 to go on") as caught:
         training.run("other", epochs=3 * 64 / json.loads(tokens(tmp_path)))
     assert "\n" not in str(caught.value)
     shutil.rmtree(training.model)
