@@ -102,11 +102,12 @@ class AnswerFile:
         return self.found[0].model_id if self.found else None
 
     def start(self) -> None:
-        """Makes ready for `append`: answers that are not to be kept go, half a line at the end goes, and the settings are
-        written."""
+        """Makes ready for `append`: answers that are not to be kept go with their scores, half a line at the end goes, and
+        the settings are written."""
         with self._writing(self.path):
             if not self.found:
                 self.path.write_bytes(b"")
+                self.path.with_suffix(".scores.json").unlink(missing_ok=True)
             elif self.path.stat().st_size > self._end:
                 os.truncate(self.path, self._end)
             elif not _content(self.path).endswith(b"\n"):

@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import answer_format, answers, claims, comparison, methods, questions, scoring, stop_strings
+from experiments import answer_format, answers, claims, comparison, methods, questions, stop_strings
 from experiments.answer_format import Answer, Turn
 from experiments.answers import AnswerFile
 from experiments.benchmark import MT_BENCH, Bench, Benchmark
@@ -182,8 +182,6 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
         _warm_up(decoder, desk, asked, settings.max_new_tokens)
         reporter.doing(ANSWERING)
         file.start()
-        if not file.found:
-            scoring.score_file(file.path).unlink(missing_ok=True)  # of answers that are gone
         # a model that bears another name by now is the same one
         model_id = file.model_id or f"{settings.models.target_name}-{desk.precision}-{method}"
         for question in waiting:

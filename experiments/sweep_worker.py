@@ -106,14 +106,22 @@ def run_cells(cells: Sequence[Cell], tell: Tell, shared: Shared | None = None) -
         except UserError as error:
             tell(Event(cell=cell.name, kind="failed", text=str(error)))
         except Exception as error:
-            put_text(cell.traceback, traceback.format_exc())
             line = next(iter(str(error).splitlines()), "")
-            tell(Event(cell=cell.name, kind="failed", text=f"{type(error).__name__}: {line} (traceback in {cell.traceback})"))
+            tell(Event(cell=cell.name, kind="failed", text=f"{type(error).__name__}: {line} ({_keep_traceback(cell)})"))
         else:
             cell.traceback.unlink(missing_ok=True)
             tell(Event(cell=cell.name, kind="finished"))
         jax.clear_caches()  # jitted functions hold their decoders, and these the heads of a cell that is over
         gc.collect()
+
+
+def _keep_traceback(cell: Cell) -> str:
+    """Writes the traceback of the error that is being handled, and says where it is."""
+    try:
+        put_text(cell.traceback, traceback.format_exc())
+    except UserError as error:
+        return f"its traceback is lost: {error}"
+    return f"traceback in {cell.traceback}"
 
 
 class _Showing:

@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from specmq_jax.checkpoint import read_metadata
+from specmq_jax.checkpoint import METADATA_FILE, read_metadata
 from specmq_jax.errors import UserError
 
 _BLOCK_BYTES = 8 << 20
@@ -25,10 +26,11 @@ def checkpoint_digest(directory: str | pathlib.Path) -> str:
     digest, and so has a second conversion of one source.
 
     Raises:
-      UserError: a damaged specmq.json, or a file that can't be read.
+      UserError: a damaged specmq.json, weights of other sizes than it tells, or a file that can't be read.
     """
     directory = pathlib.Path(directory)
     metadata = read_metadata(directory)
+    _check_sizes(directory, metadata["files"])
     files = [directory / name for name in _BESIDE_WEIGHTS]
     files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
     return json_digest([metadata["formats"], metadata.get("content", metadata["files"]), _by_name(filter(_is_file, files))])
@@ -69,6 +71,18 @@ def file_digest(path: pathlib.Path) -> str:
 def json_digest(value: object) -> str:
     """The digest of JSON values, 16 hexadecimal digits; the order of an object's keys doesn't matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_sizes(directory: pathlib.Path, expected: Mapping[str, Any]) -> None:
+    for name, entry in expected.items():
+        try:
+            size, found = int(entry[0]), (directory / name).stat().st_size
+        except OSError as error:
+            raise UserError(f"{directory / name} can't be read: {error.strerror}; convert the model again") from None
+        except (TypeError, ValueError, LookupError):
+            raise UserError(f"{directory / METADATA_FILE} tells no size of {name}; convert the model again") from None
+        if found != size:
+            raise UserError(f"{directory / name} has {found} bytes, expected {size}; convert the model again")
 
 
 def _by_name(files: Iterable[pathlib.Path]) -> dict[str, str]:

@@ -36,10 +36,14 @@ class TrainingRecord:
           extend: more epochs than were asked for before may be.
 
         Raises:
-          UserError: the checkpoints in the directory were made with other settings, or it can't be written.
+          UserError: the checkpoints in the directory were made with other settings, there are none to be extended, or it
+            can't be written.
         """
         if self._has_checkpoints():
             self._check(settings, extend=extend)
+        elif extend:
+            raise UserError(f"{self.directory} holds no training with checkpoints that --extend could go on with; leave "
+                            "--extend out, or give another --work_dir")
         more = self._settings is not None and settings["epochs"] > self._settings["epochs"]
         self._write(settings, None if more or not self._has_checkpoints() else self.finished)
 

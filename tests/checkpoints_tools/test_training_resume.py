@@ -98,6 +98,8 @@ def test_checkpoints_whose_settings_can_not_be_read_are_refused(begun, content):
 
 def test_settings_may_change_as_long_as_nothing_was_made(begun):
     shutil.rmtree(begun / "checkpoints")
+    with pytest.raises(UserError, match="holds no training with checkpoints that --extend could go on with"):
+        TrainingRecord(begun).begin(SETTINGS | {"epochs": 8.0}, extend=True)
     TrainingRecord(begun).begin(SETTINGS | {"batch": 8}, extend=False)
     (begun / "checkpoints" / "250").mkdir(parents=True)
     TrainingRecord(begun).begin(SETTINGS | {"batch": 8}, extend=False)
@@ -246,7 +248,7 @@ def test_a_training_of_one_update_is_extended_and_belongs_to_its_model(tmp_path)
     training = Training(tmp_path)
     assert "1 answers of" in (said := training.run()) and "0 held out; 1 updates" in said and training.steps == [1]
     assert sm.load_head(tmp_path / "head", sm.load(training.model)).config.version == 2
-    with pytest.raises(UserError, match="exists and is not empty; .* has finished, after 1 updates, and more --epochs with"):
+    with pytest.raises(UserError, match="exists and is not empty; .* has finished, after 1 updates; another name with"):
         training.run()
     assert "training: finished before, after update 1" in training.run("again")
     first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("head", "again"))

@@ -203,6 +203,15 @@ def test_a_checkpoint_without_a_content_digest_counts_by_its_files(tmp_path, nat
     assert contents.checkpoint_digest(model) != before
 
 
+def test_weights_of_another_size_are_no_longer_the_checkpoints(tmp_path, native):
+    model = copy(native, tmp_path / "model")
+    settings, _ = finished(tmp_path, "baseline", target=str(model))
+    file = max((model / "weights").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"model content '\w+' there and '.* bytes, expected \d+; convert the .*' here"):
+        run(settings)
+
+
 def test_auto_knows_models_by_their_contents(tmp_path, native):
     head = copy(HEAD, tmp_path / "head")
     settings = make_settings(tmp_path, models=Models(target=str(native), eagle=(str(head),)))

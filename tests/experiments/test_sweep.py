@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from benches import QUESTIONS, FakeBench, fake_plan
 from rich.console import Console
 
 from checkpoints_tools import demo_model
-from experiments import grid, sweep, sweep_cells, sweep_report
+from experiments import claims, grid, sweep, sweep_cells, sweep_report
 from experiments.isolated import ProcessEnded
 from experiments.sweep_progress import Tally, display
 from experiments.sweep_worker import Event, LoadedModels
@@ -371,3 +372,33 @@ def test_one_command_runs_every_precision_and_goes_on_after_failures(tmp_path):
     assert (tmp_path / "out" / "speedup.png").read_bytes().startswith(b"\x89PNG")
     again = command("--methods=baseline", *asked)
     assert again.returncode == 0 and "cells: 2, questions in each: 1, finished before: 2" in again.stderr, again.stderr
+
+
+def test_a_finished_cell_whose_answers_were_cut_off_does_the_rest(prepared):
+    run(prepared("--methods=baseline,spec"))
+    cell = prepared("--methods=baseline,spec").cells[1]
+    file = cell.settings.answers("spec")
+    file.write_bytes(file.read_bytes()[:-20])
+    again, models = prepared("--methods=baseline,spec"), FakeModels()
+    assert again.finished == {"stored/baseline"} and again.lost == ("stored/spec-length4",)
+    assert again.answered == {"stored/baseline": 3, "stored/spec-length4": 2}
+    run(again, models)
+    assert [settings.methods for settings in models.asked] == [("spec",)] and len(cell.answers().found) == 3
+
+
+def test_a_head_that_is_replaced_is_found_before_anything_runs(prepared, tmp_path):
+    head = shutil.copytree(HEADS / "eagle2_head", tmp_path / "head")
+    arguments = "--methods=baseline,eagle2", f"--eagle={head}"
+    run(prepared(*arguments))
+    assert len(prepared(*arguments).finished) == 2
+    (head / "config.json").write_text((head / "config.json").read_text() + " ")
+    with pytest.raises(UserError, match=r"eagle content '\w+' there and '\w+' here.*--noresume"):
+        prepared(*arguments)
+
+
+@pytest.mark.slow
+def test_a_second_sweep_in_one_directory_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with claims.reported(tmp_path / "out"):
+        result = command(f"--model={DATA / 'checkpoints' / 'fp16'}", "--methods=baseline", f"--output_dir={tmp_path / 'out'}")
+    assert result.returncode == 2 and "another run is writing into" in result.stderr and "Traceback" not in result.stderr
