@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from checkpoints_tools.training.checkpoints import Checkpoints
 from checkpoints_tools.training.objective import Acceptance, Objective
 from checkpoints_tools.training.rows import Rows
 from specmq_jax.errors import UserError
+from specmq_jax.files import put_text
 from specmq_jax.words import count
 
 
@@ -102,7 +102,7 @@ class Trainer:
             state = kept.restore(done, state)
             self._console.print(f"training: going on behind update {done}" if done < schedule.steps else
                                 f"training: finished before, after update {done}", highlight=False)
-        self._mend_log()
+        self._mend_log(done)
         batches, start, told = self._batches(sequences, training, done), time.perf_counter(), done
         sums = None
         for step in range(done + 1, schedule.steps + 1):
@@ -173,13 +173,25 @@ class Trainer:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _mend_log(self) -> None:
-        """Drops the half line that a full disk may have left."""
+    def _mend_log(self, done: int) -> None:
+        """Drops what the log says of updates that are made again, and the half line that a full disk may have left."""
         log = self._directory / "log.jsonl"
-        if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):
-            os.truncate(log, content.rfind(b"\n") + 1)
+        if not log.exists():
+            return
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = "".join(line for line in lines if (step := _logged_step(line)) is not None and step <= done)
+        put_text(log, kept, advice="the checkpoints there are kept, and the same command goes on behind them")
 
     def _unwritable(self, error: OSError) -> UserError:
         reason = error.strerror or str(error).splitlines()[0][:160]
         return UserError(f"{self._directory} can't be written: {reason}; the checkpoints it holds are kept, and the same "
                          "command goes on behind them")
+
+
+def _logged_step(line: str) -> int | None:
+    """The update that a whole line of the log is about; None for any other line."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

@@ -222,6 +222,15 @@ def test_a_prompt_that_is_no_text_is_named(tmp_path, line):
         answers.read_prompts(tmp_path / "prompts.jsonl")
 
 
+@pytest.mark.parametrize(("done", "expected"), [(0, []), (50, [50]), (100, [50, 100]), (250, [50, 100, 150])])
+def test_the_log_goes_on_behind_the_checkpoint(tmp_path, done, expected):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (50, 100, 150)) + "{}\n[\n"
+                                        '{"step": 20')
+    schedule = trainer.Schedule(steps=300, batch=1, length=64)
+    trainer.Trainer(None, schedule, {}, None, tmp_path, Console(file=io.StringIO()))._mend_log(done)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == expected
+
+
 class Training:
     """One training of a small head in a directory, by the function behind the command."""
 
