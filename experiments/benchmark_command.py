@@ -42,6 +42,7 @@ def run(benchmark: Benchmark, argv: Sequence[str]) -> None:
     settings = flags.settings(benchmark.name, benchmark=benchmark)
     # before any answer, since it may find that the machine can't do what was asked for
     obstacle = benchmark.scorer.obstacle() if benchmark.scorer else None
+    settings.questions()  # a mistake in them makes no directory
     answers.check_directory(settings.output_dir)
     with claims.reported(settings.output_dir):
         _run_and_report(benchmark, settings, obstacle)

@@ -215,6 +215,14 @@ def test_answers_are_made_by_one_run_at_a_time(tmp_path):
         pass
 
 
+def test_a_work_directory_is_trained_in_by_one_run_at_a_time(tmp_path):
+    with train_eagle._claimed(tmp_path / "work"), pytest.raises(UserError, match="another training is going on in .*--work"), \
+            train_eagle._claimed(tmp_path / "work"):
+        pass
+    with train_eagle._claimed(tmp_path / "work"):
+        pass
+
+
 @pytest.mark.parametrize("line", ['{"prompt": "\\ud800"}', "[" * 10**5, '{"turns": [1]}', '"turns"', "7"])
 def test_a_prompt_that_is_no_text_is_named(tmp_path, line):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n' + line + "\n")

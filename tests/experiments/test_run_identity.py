@@ -235,6 +235,13 @@ def test_a_second_run_in_one_directory_is_refused(tmp_path, native, lock):
     assert not list(out.glob("*.jsonl"))
 
 
+def test_a_mistake_in_the_questions_makes_no_directory(tmp_path, native):
+    command = [sys.executable, "-m", "experiments.mt_bench", f"--model={native}", "--method=baseline",
+               f"--output_dir={tmp_path / 'out'}", f"--question_file={tmp_path / 'none'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "does not exist" in result.stderr and not (tmp_path / "out").exists()
+
+
 def test_the_directory_of_an_answer_file_is_claimed_too(tmp_path):
     settings = make_settings(tmp_path, methods=("baseline",), answer_file=tmp_path / "kept" / "a.jsonl")
     run(settings)
