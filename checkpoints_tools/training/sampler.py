@@ -15,6 +15,11 @@ from jaxtyping import Array, Bool, Int32
 
 from checkpoints_tools.training import batched
 from specmq_jax.config import LlamaConfig
+from specmq_jax.errors import NotFiniteError
+from specmq_jax.verification import are_sound
+
+_NONE = -1
+"""Stands for a token that can't be drawn, and ends its answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,9 @@ class Sampler:
           requests: prompts of fewer than `max_len` tokens.
           seed: of the drawing.
           follow_up: may give one request more for a completion.
+
+        Raises:
+          NotFiniteError: the model's state at a token is not finite.
         """
         waiting = collections.deque(requests)
         held: list[Request | None] = [None] * self.slots
@@ -110,6 +118,7 @@ class Sampler:
                 request = held[slot]
                 held[slot] = None
                 completion = Completion(request=request, tokens=rows[slot, len(request.prompt):length[slot]].copy())
+                _check(completion)
                 if (another := follow_up(completion)) is not None:
                     waiting.appendleft(another)
                 yield completion
@@ -133,13 +142,27 @@ class Sampler:
         return _prefill(self, params, state, slots, prompts, counts, key)
 
     def _draw(self, params: batched.Params, hidden: Array, key: Array) -> Int32[Array, "B"]:
+        """A token a row, `_NONE` behind a state that is not finite."""
         logits = batched.target_logits(params, hidden)
         if self.temperature:
-            return jax.random.categorical(key, logits / self.temperature, axis=-1).astype(jnp.int32)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            drawn = jax.random.categorical(key, logits / self.temperature, axis=-1).astype(jnp.int32)
+        else:
+            drawn = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(are_sound(logits, drawn), drawn, _NONE)
 
     def _stops(self, tokens: Int32[Array, "B"]) -> Bool[Array, "B"]:
-        return jnp.isin(tokens, jnp.asarray(self.stop_tokens or (-1,)))
+        return jnp.isin(tokens, jnp.asarray((*self.stop_tokens, _NONE)))
+
+
+def _check(completion: Completion) -> None:
+    *before, last = completion.tokens.tolist()
+    if last != _NONE:
+        return
+    place = (f"token {len(before)} of an answer (id {before[-1]})" if before else
+             f"a token of a prompt of {len(completion.request.prompt)}")
+    raise NotFiniteError(f"the model's state at {place} is not finite: a weight is not, or activations leave the range of "
+                         "their dtype; train with --precision=bf16 or fp32",
+                         position=len(completion.request.prompt) + len(before) - 1, tokens=before)
 
 
 @jax.jit(static_argnums=0, donate_argnums=2)

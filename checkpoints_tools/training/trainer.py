@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ class Trainer:
         """Trains from `params`, or from the newest checkpoint, on the sequences of the first indices.
 
         Raises:
-          UserError: checkpoints found there are of another head, or can't be written.
+          UserError: checkpoints found there are of another head, or can't be written, or the training diverges.
         """
         schedule = self.schedule
         state = params, self._optimizer.init(params)
@@ -159,6 +160,9 @@ class Trainer:
 
     def _tell(self, step: int, sums: dict[str, Array], updates: int, seconds: float) -> None:
         found, loss = Acceptance.of(sums["counts"]), float(sums["loss"]) / updates
+        if not math.isfinite(loss):
+            raise UserError(f"training has diverged by update {step}: its loss is not finite; lower --learning_rate and train "
+                            "again with another --work_dir")
         speed = updates * self.schedule.batch * self.schedule.length / seconds
         self._note(f"update {step} of {self.schedule.steps}: loss {loss:.3f}, chain accept length "
                    f"{found.accept_length:.3f}, first hit rate {found.hit_rates[0]:.3f}, {speed:.0f} tokens/s",
