@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import OracleDrafter, expanded, tiny_config
+from fakes import DATA, OracleDrafter, expanded, tiny_config
 from flax import traverse_util
 
 import specmq_jax as sm
@@ -108,6 +108,21 @@ def test_no_precision_makes_a_number_of_it(precision, value):
     model = with_embedding(expanded(sm.random_model(tiny_config(hidden_size=128), "fp32", seed=1), precision), 40, value)
     with pytest.raises(NotFiniteError, match=r"at token 3 of the prompt \(id 40\)"):
         sm.Decoder(model, config=CONFIG).generate(PROMPT, 4)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_head_that_is_not_finite_drafts_nothing_and_changes_nothing(version):
+    target = sm.load(DATA / ("eagle/eagle3_base" if version == 3 else "checkpoints/fp16"))
+    head = sm.load_head(DATA / "eagle" / f"eagle{version}_head", target)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, head.params["head"])
+    broken["params"]["embed"] = head.params["head"]["params"]["embed"]
+    drafter = sm.EagleDrafter(dataclasses.replace(head, params=head.params | {"head": broken}),
+                              sm.TreeConfig(depth=3, top_k=4, size=12))
+    plain = sm.Decoder(target, config=CONFIG).generate(PROMPT, NEW)
+    assert sm.Decoder(target, drafter, CONFIG).generate(PROMPT, NEW).tokens.tolist() == plain.tokens.tolist()
+    if version == 2:
+        hierarchy = sm.HierarchicalDrafter(target, drafter, 2)
+        assert sm.Decoder(target, hierarchy, CONFIG).generate(PROMPT, NEW).tokens.tolist() == plain.tokens.tolist()
 
 
 def scaled(model: sm.Model, part: str, factor: float) -> sm.Model:
