@@ -17,7 +17,12 @@ from specmq_jax.files import written
 def save_leaves(path: pathlib.Path, leaves: Mapping[str, Array], advice: str) -> None:
     """Writes the file, whole or not at all; errors and `advice` as in `files.written`."""
     with written(path, advice=advice) as partial:
-        save_file(dict(leaves), partial, metadata={"crc32": str(_checksum(leaves))})
+        write_leaves(partial, leaves)
+
+
+def write_leaves(path: pathlib.Path, leaves: Mapping[str, Array]) -> None:
+    """Writes the file in its place, for whoever sees to its being whole; errors are safetensors'."""
+    save_file(dict(leaves), path, metadata={"crc32": str(_checksum(leaves))})
 
 
 def load_leaves(path: pathlib.Path) -> dict[str, Array]:

@@ -90,7 +90,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy decoding.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many best tokens; 0 is all.", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest best tokens of this joint probability.", 0, 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling; any integer.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling; any integer, of which the lowest 32 bits count.")
 _REPRODUCIBLE = flags.DEFINE_bool(
     "reproducible", False, "Sum up in one order for any number of rows, so that on a GPU every method gives the baseline's "
     "answers to the letter, somewhat slower.")

@@ -28,7 +28,7 @@ class RequestKey:
 
     @classmethod
     def of(cls, *, seed: int, temperature: float, top_p: float) -> Self:
-        """On the default device; `seed` is any integer."""
+        """On the default device; `seed` as in `sampling.seed_key`."""
         # a device may take a smaller number for the 0 of greedy decoding, in which tokens that tie don't share the draws
         least = float(jnp.finfo(jnp.float32).tiny) if temperature else 0.0
         return cls(key=sampling.seed_key(seed), temperature=jnp.float32(max(temperature, least)), top_p=jnp.float32(top_p))

@@ -116,7 +116,7 @@ class Decoder:
         Args:
           target: the model whose output is to be made.
           drafter: none decodes plainly.
-          config: lengths, sampling, stop tokens.
+          config: lengths, sampling, stop tokens; by default `default_config(target)`.
 
         Raises:
           UserError: the drafter can't draft for this target, or drafts too much to be reproducible, or the cache is longer than
@@ -125,7 +125,7 @@ class Decoder:
         enable_persistent_cache()
         self.target = target
         self.drafter = drafter if drafter is not None else NoDrafter()
-        self.config = config if config is not None else DecodeConfig()
+        self.config = config if config is not None else default_config(target)
         check_positions(self.config.max_len, target.config)
         self.drafter.check(target.config, max_len=self.config.max_len)
         if self.config.reproducible and self.drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
@@ -392,6 +392,14 @@ class Decoder:
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{name} must be a whole number of at least 1; found {value!r}")
+
+
+def default_config(target: Model) -> DecodeConfig:
+    """`DecodeConfig()`, but for a cache of as many tokens as a model of fewer positions has."""
+    default = DecodeConfig()
+    if target.config.rope.type == "dynamic":
+        return default
+    return dataclasses.replace(default, max_len=min(default.max_len, target.config.max_position))
 
 
 def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:

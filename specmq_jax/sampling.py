@@ -5,7 +5,6 @@ same tokens, whatever drafted them (Gumbel-max; see design notes in `decode`).
 """
 
 import dataclasses
-import hashlib
 import operator
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ from jaxtyping import Array, Float, Int32
 
 from specmq_jax.errors import UserError
 
-_WORD = 32
 _HOTTEST = float(np.finfo(np.float32).max)
 
 
@@ -116,18 +114,14 @@ def draw(scores: Float[Array, "T V"], positions: Int32[Array, "T"], key: Array) 
 
 
 def seed_key(seed: int) -> Array:
-    """The key of the sampling noise of a seed, any integer: `jax.random.key` of one of 32 bits, one of a digest of others.
+    """The key of the sampling noise of a seed: any integer, of which the lowest 32 bits count.
 
     Raises:
       UserError: not an integer.
     """
     try:
-        number = operator.index(seed)
+        if isinstance(seed, bool):
+            raise TypeError
+        return jax.random.key(operator.index(seed) % 2**32)
     except TypeError:
         raise UserError(f"a seed is an integer; found {seed!r}") from None
-    if isinstance(seed, bool):
-        raise UserError(f"a seed is an integer; found {seed!r}")
-    if 0 <= number < 2**_WORD:
-        return jax.random.key(number)
-    words = np.frombuffer(hashlib.sha256(str(number).encode()).digest()[:8], np.uint32)
-    return jax.random.fold_in(jax.random.key(words[0]), words[1])

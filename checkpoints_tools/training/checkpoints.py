@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 
-from checkpoints_tools.leaf_files import damaged, load_leaves, save_leaves
+from checkpoints_tools.leaf_files import damaged, load_leaves, write_leaves
 from specmq_jax.errors import UserError
 from specmq_jax.files import staged
 
 _FILE = "state.safetensors"
-_ADVICE = "the checkpoints there are kept, and the same command goes on behind them"
 
 
 class Checkpoints:
@@ -36,12 +35,12 @@ class Checkpoints:
         """Keeps the arrays of a tree, and takes the oldest checkpoints away.
 
         Raises:
-          UserError: the directory can't be written; nothing is left of the checkpoint.
+          UserError: the directory can't be written; nothing is left of the checkpoint, and those before it stay.
         """
         place = self._directory / str(step)
         shutil.rmtree(place, ignore_errors=True)
         with staged(place) as partial:
-            save_leaves(partial / _FILE, _leaves(state), _ADVICE)
+            write_leaves(partial / _FILE, _leaves(state))
         for old in self.steps()[:-self._most]:
             shutil.rmtree(self._directory / str(old), ignore_errors=True)
 

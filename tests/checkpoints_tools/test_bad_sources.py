@@ -136,7 +136,7 @@ def test_a_destination_that_is_taken(tmp_path):
 def test_a_destination_that_can_not_be_written(tmp_path):
     write_hf(tmp_path / "source")
     (tmp_path / "blocked").write_text("a file where a directory should be")
-    with pytest.raises(UserError, match="can't be written to"):
+    with pytest.raises(UserError, match="made can't be written: .*choose another place"):
         convert(tmp_path / "source", tmp_path / "blocked" / "made")
 
 

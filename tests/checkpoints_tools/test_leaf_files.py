@@ -73,11 +73,11 @@ def full_disk(monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(UserError, match="checkpoints/3 can't be written: No space left on device; make room there"):
         Checkpoints(tmp_path / "checkpoints").save(3, LEAVES)
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
     with KeptLayers(tmp_path / "made", {}, FORMATS) as kept:
-        with pytest.raises(UserError, match="No space left on device .*; the layers it holds are kept"):
+        with pytest.raises(UserError, match="No space left on device; the layers it holds are kept"):
             kept.save(0, LEAVES)
         assert sorted(path.name for path in kept.directory.iterdir()) == [".lock", "settings.json"]
 
@@ -85,7 +85,6 @@ def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
 def test_the_newest_checkpoints_stay(tmp_path):
     kept = Checkpoints(tmp_path)
     assert kept.steps() == []
-    (tmp_path / ".9.0123.partial").mkdir()
     for step in (5, 10, 15):
         kept.save(step, ({"w": jnp.full(3, float(step))}, [jnp.int32(step)]))
     assert kept.steps() == [10, 15] and sorted(path.name for path in tmp_path.iterdir()) == ["10", "15"]

@@ -91,7 +91,7 @@ def test_a_gguf_is_looked_at(tmp_path):
     tensors = random_tensors(TINY)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf
     write_gguf(tmp_path / "model.gguf", TINY, tensors)
-    refuse(tmp_path, tmp_path / "model.gguf", "layers_0/mlp/gate_up/w holds values that are not finite")
+    refuse(tmp_path, tmp_path / "model.gguf", "tensor blk.0.ffn_up.weight holds a value that is not finite")
 
 
 @pytest.mark.parametrize(("name", "value", "text"), [

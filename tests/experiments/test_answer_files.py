@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments import answer_format, answer_runs, answers, runner
 from experiments.answers import AnswerFile
-from specmq_jax import files, metrics
+from specmq_jax import metrics
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -303,15 +303,6 @@ def test_a_full_disk_at_the_end_keeps_the_answers_and_their_sidecar(tmp_path):
     file = AnswerFile(path, SETTINGS, resume=True)
     assert len(file.found) == 19 and file.measured is None
     assert sorted(found.name for found in tmp_path.iterdir()) == ["a.jsonl", "a.settings.json"]
-
-
-def test_a_file_is_written_whole_or_stays(tmp_path):
-    (tmp_path / "a").write_text("before")
-    with pytest.raises(UnicodeEncodeError):
-        files.write_whole(tmp_path / "a", "\ud800")
-    assert (tmp_path / "a").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
-    files.write_whole(tmp_path / "a", "\ud800", errors="backslashreplace")
-    assert (tmp_path / "a").read_text() == "\\ud800"
 
 
 def test_a_line_is_read_as_it_is_written():

@@ -172,7 +172,7 @@ def test_clients_that_go_away_at_any_time_leave_nothing_behind(capfd, caplog):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_of_the_model_is_in_the_log_once(stream, capfd, caplog):
     model = FakeModel("fine")
-    model.failing = True
+    model.failing = RuntimeError("a device fell off")
     with running(model) as (port, _):
         answer = begun(port, stream=stream).getresponse()
         last = events(answer)[-1] if stream else json.loads(answer.read())

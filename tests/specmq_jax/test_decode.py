@@ -159,7 +159,7 @@ def test_errors_say_what_to_do(tiny, plain):
         plain.generate([61])
     with pytest.raises(sm.UserError, match="at least one token id"):
         plain.generate([])
-    with pytest.raises(sm.UserError, match="max_new_tokens must be at least 1"):
+    with pytest.raises(sm.UserError, match="max_new_tokens must be a whole number of at least 1"):
         plain.generate([1], 0)
     with pytest.raises(sm.UserError, match="drafts at least 1 token"):
         sm.ChainDrafter(tiny, 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import DATA
+from safetensors.numpy import load_file, save_file
 
 import specmq_jax as sm
 from checkpoints_tools.convert import convert
@@ -39,6 +40,9 @@ def test_a_tied_lm_head_is_refused(tmp_path):
     config = json.loads((BASE / "config.json").read_text()) | {"tie_word_embeddings": True}
     shutil.copytree(BASE, tmp_path / "tied")
     (tmp_path / "tied" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(BASE / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "tied" / "model.safetensors")
     with pytest.raises(sm.UserError, match="has no lm_head of its own: its embedding table serves as one, and stays dense"):
         convert(tmp_path / "tied", tmp_path / "made", head_precision="w8a16")
     assert not (tmp_path / "made").exists()

@@ -120,10 +120,13 @@ def test_special_tokens_may_be_text_or_objects_and_stand_in_an_older_file(direct
     assert load_tokenizer(directory).eos_token is None
 
 
-@pytest.mark.parametrize("value", [7, ["</s>"], {"text": "</s>"}, True, "\ud800"])
-def test_a_special_token_that_is_no_text_is_one_line(directory, value):
+@pytest.mark.parametrize(("value", "message"), [
+    *((value, "tokenizer_config.json: eos_token must be a token's text or an object")
+      for value in (7, ["</s>"], {"text": "</s>"}, True)),
+    ("\ud800", "tokenizer_config.json is not valid JSON: .*half of a surrogate")])
+def test_a_special_token_that_is_no_text_is_one_line(directory, value, message):
     change(directory / "tokenizer_config.json", eos_token=value)
-    with pytest.raises(UserError, match=r"tokenizer_config.json: eos_token must be a token's text or an object"):
+    with pytest.raises(UserError, match=message):
         load_tokenizer(directory)
 
 
