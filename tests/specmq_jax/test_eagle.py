@@ -119,7 +119,7 @@ def test_sampled_trees_draw_the_tokens_of_plain_sampling(family):
             assert [t for part in decoder.stream(prompt, 24, seed=seed, rounds=2) for t in part] == tokens
 
 
-@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("start", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_a_rejection_anywhere_all_levels_equal_a_fresh_prefill(family, start):
     """A made-up target rejects at every place of five chains, or nowhere; each chain follows one of these outcomes."""
     name, base, head = family
