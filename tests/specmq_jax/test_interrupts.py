@@ -87,7 +87,7 @@ def duration(directory, arguments):
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize(("arguments", "moments"), [(INSPECT, (0.15, 0.6)), (CONVERT, (0.3, 1.2, 2.5))])
+@pytest.mark.parametrize(("arguments", "moments"), [(INSPECT, (0.5, 1.0)), (CONVERT, (0.6, 1.5, 2.5))])
 def test_some_moments_of_cheap_commands(tmp_path, arguments, moments):
     found = [interrupt_at(tmp_path / str(seconds), arguments, seconds) for seconds in moments]
     assert found[0]
