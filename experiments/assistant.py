@@ -14,6 +14,7 @@ from experiments.flags import Settings
 from specmq_jax.errors import UserError
 from specmq_jax.model import check_tokens
 
+absl_flags.disclaim_key_flags()  # what `declare_flags` declares belongs to the command that calls it
 USED = ("model", "method", "drafter", "precision", "draft_precision", "draft_length", "eagle", "tree_depth", "tree_top_k",
         "tree_size", "vocabulary", "vocabulary_size", "min_draft_length", "draft_model_start", "max_length", "temperature",
         "top_k", "top_p", "seed", "reproducible")

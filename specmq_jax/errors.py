@@ -58,6 +58,7 @@ def run(main: Callable[[Sequence[str]], None], *, unused: str = "--help lists th
         main(argv)
         sys.stdout.flush()
 
+    leaving = interrupts.Leaving()
     try:
         interrupts.raise_in_main()
         _prepare_streams()
@@ -69,6 +70,7 @@ def run(main: Callable[[Sequence[str]], None], *, unused: str = "--help lists th
         gc.collect()  # what still holds something half written lets it go
     _close_output()
     interrupts.ignore_at_exit()
+    leaving.at_once(status)
     sys.exit(status)
 
 

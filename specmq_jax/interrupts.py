@@ -29,6 +29,26 @@ class Terminated(SystemExit):
         super().__init__(_FIRST_STATUS + number)
 
 
+class Leaving:
+    """Ends an interrupted process behind its last exit function, before Python takes apart what threads of a library still use.
+
+    Exit functions run in the reverse order of their registration, so one of these is made before the command's work.
+    """
+
+    def __init__(self) -> None:
+        self._status: int | None = None
+        atexit.register(self._leave)
+
+    def at_once(self, status: int) -> None:
+        """From here on the process ends so, if a signal is behind that exit status."""
+        if status - _FIRST_STATUS in _WORDS:
+            self._status = status
+
+    def _leave(self) -> None:
+        if self._status is not None:
+            os._exit(self._status)
+
+
 def is_starting() -> bool:
     """Whether `python -m` is importing the packages around one of the project's commands."""
     if sys.argv[:1] != ["-m"]:

@@ -98,11 +98,15 @@ def test_values_that_no_flag_takes():
 
 def test_a_flag_of_other_commands_is_refused():
     ends(run("-m", "experiments.speedup", "--model=x"), 2, "--model has no use here")
+    ends(run("-m", "experiments.chat", "--question_end=1"), 2, "--question_end has no use here: it belongs to benchmarks")
+    ends(run("-m", "experiments.chat", f"--model={FP16}", "--draft_precision=w3"), 2, "precision 'w3' is not known")
 
 
 @pytest.mark.parametrize("arguments", [
     ("checkpoints_tools.quantize", "SRC DST", "--head_precision", "--calibration_length", "Default: 128"),
-    ("experiments.gsm8k", "python -m experiments.gsm8k", "--max_new_tokens", "Tokens a turn at most", "--[no]resume")])
+    ("experiments.gsm8k", "python -m experiments.gsm8k", "--max_new_tokens", "Tokens a turn at most", "--[no]resume"),
+    ("experiments.chat", "--model", "--draft_precision", "--max_length"),
+    ("experiments.serve", "--model", "--draft_precision", "--max_length", "--port")])
 def test_help_lists_every_flag_on_stdout(arguments):
     name, *parts = arguments
     result = run("-m", name, "--help")
