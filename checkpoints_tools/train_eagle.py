@@ -159,8 +159,8 @@ def _check_destination(destination: pathlib.Path, record: "TrainingRecord") -> N
     except UserError as error:
         if record.finished is None:
             raise
-        raise UserError(f"{error}; the training in {record.directory} has finished, after {record.finished} updates; another "
-                        f"name with --work_dir={record.directory}, --extend and more --epochs trains it on") from None
+        raise UserError(f"{error}; the training in {record.directory} has finished, after {count(record.finished, 'update')}; "
+                        f"another name with --work_dir={record.directory}, --extend and more --epochs trains it on") from None
 
 
 @contextlib.contextmanager

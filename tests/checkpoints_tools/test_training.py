@@ -164,16 +164,16 @@ def test_a_killed_run_goes_on_and_ends_at_the_same_head(prompt_file, tmp_path, m
 
     console = Console(file=io.StringIO())
     train_eagle.train(str(BASES[2]), tmp_path / "whole", settings("a"), console)
-    saved = trainer.Trainer._save
+    saved = trainer.Checkpoints.save
 
-    def dies(self, kept, step, state):
-        saved(self, kept, step, state)
+    def dies(self, step, state):
+        saved(self, step, state)
         if step == 10:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Schedule, "__init__", _with(trainer.Schedule.__init__, save_every=5))
-        patch.setattr(trainer.Trainer, "_save", dies)
+        patch.setattr(trainer.Checkpoints, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             train_eagle.train(str(BASES[2]), tmp_path / "parts", settings("b"), console)
     assert not (tmp_path / "parts").exists()

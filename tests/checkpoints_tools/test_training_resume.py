@@ -263,9 +263,9 @@ class Training:
 @pytest.mark.slow
 def test_a_training_of_one_update_is_extended_and_belongs_to_its_model(tmp_path):
     training = Training(tmp_path)
-    assert "1 answers of" in (said := training.run()) and "0 held out; 1 updates" in said and training.steps == [1]
+    assert "1 answer of" in (said := training.run()) and "0 held out; 1 update" in said and training.steps == [1]
     assert sm.load_head(tmp_path / "head", sm.load(training.model)).config.version == 2
-    with pytest.raises(UserError, match="exists and is not empty; .* has finished, after 1 updates; another name with"):
+    with pytest.raises(UserError, match="exists and is not empty; .* has finished, after 1 update; another name with"):
         training.run()
     assert "training: finished before, after update 1" in training.run("again")
     first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("head", "again"))

@@ -181,7 +181,7 @@ def test_a_failure_of_the_model_is_in_the_log_once(stream, capfd, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_ends_its_answers_when_it_is_stopped(number, status):
     source = ROOT / "tests" / "data" / "checkpoints" / "fp16"
     command = [sys.executable, "-m", "experiments.serve", f"--model={source}", "--method=baseline", "--port=0"]
