@@ -327,10 +327,11 @@ class Decoder:
             return
         place = (f"token {fault + 1} of the prompt" if fault < prompt_length else
                  f"token {fault - prompt_length + 1} of the answer")
+        dtype = self.target.module.format.dtype.name
+        wider = ", which --precision=bf16 or fp32 may hold" if dtype == "float16" else ""
         raise NotFiniteError(
             f"the model's state at {place} (id {committed[fault]}) is not finite: a weight is not, or activations leave the "
-            f"range of {self.target.module.format.dtype.name}, which --precision=bf16 or fp32 may hold", position=fault,
-            tokens=committed[prompt_length:].tolist())
+            f"range of {dtype}{wider}", position=fault, tokens=committed[prompt_length:].tolist())
 
     def _split(self, prompt: Int32[np.ndarray, "n"]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
         """The prompt in padded chunks of the few lengths that are compiled, each with its count of real tokens."""
