@@ -13,21 +13,21 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from checkpoints_tools.convert import arguments
+from checkpoints_tools.arguments import arguments
 from checkpoints_tools.readers import Reader, hub, open_source
-from checkpoints_tools.rotation_file import load_rotation
-from checkpoints_tools.shards import save_tensors
-from specmq_jax import errors
-from specmq_jax.checkpoint import write_json
-from specmq_jax.config import read_json
-from specmq_jax.eagle import ROTATED_TARGET, EagleConfig
+from checkpoints_tools.readers.files.rotation_file import load_rotation
+from checkpoints_tools.writers.shards import save_tensors
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, staged
 from specmq_jax.formats import dense_values
-from specmq_jax.head import outline_head
-from specmq_jax.head_checks import check_draft_ids, check_finite
-from specmq_jax.head_file import HeadFiles
-from specmq_jax.model import Outline
+from specmq_jax.json_files import read_json
+from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.loading.head import outline_head
+from specmq_jax.loading.head_checks import check_draft_ids, check_finite
+from specmq_jax.loading.head_file import HeadFiles
+from specmq_jax.loading.model import Outline
+from specmq_jax.network.eagle import ROTATED_TARGET, EagleConfig
 
 _USAGE = "python -m checkpoints_tools.convert_eagle_rotation --eagle=HEAD --base=MODEL --rotation=ROTATION --output=DST"
 _FLAGS = ("eagle", "base", "rotation", "output")
@@ -100,4 +100,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("base", None, "The head's target before its rotation; anything that checkpoints_tools.convert reads.")
     flags.DEFINE_string("rotation", None, "The rotated checkpoint, or its rotation's file (.safetensors, .pth, .pt, .bin).")
     flags.DEFINE_string("output", None, "Directory to be made.")
-    errors.run(main)
+    entry.run(main)

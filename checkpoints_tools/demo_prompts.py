@@ -18,9 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from checkpoints_tools import convert, library_code
-from checkpoints_tools.library_code import LONGEST_TURN
-from specmq_jax import errors
+from checkpoints_tools import arguments
+from checkpoints_tools.training import library_code
+from checkpoints_tools.training.library_code import LONGEST_TURN
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_text
 
@@ -255,7 +256,7 @@ def write(destination: str | pathlib.Path, count: int, seed: int, gsm8k: str | p
 
 def main(argv: Sequence[str]) -> None:
     usage = "python -m checkpoints_tools.demo_prompts OUT.jsonl [--gsm8k=FILE] [--count=N] [--seed=N]"
-    destination, = convert.arguments(argv, usage, 1)
+    destination, = arguments.arguments(argv, usage, 1)
     print(write(destination, flags.FLAGS.count, flags.FLAGS.seed, flags.FLAGS.gsm8k))
 
 
@@ -263,4 +264,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("gsm8k", None, "GSM8K's train split, parquet or JSON lines; without it this source is left out.")
     flags.DEFINE_integer("count", 40000, "How many prompts to write.")
     flags.DEFINE_integer("seed", 0, "Another seed yields other prompts.")
-    errors.run(main)
+    entry.run(main)

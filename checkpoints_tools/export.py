@@ -12,18 +12,20 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int32, UInt8
 
-from checkpoints_tools.convert import arguments, pack, progress_bar
+from checkpoints_tools.arguments import arguments, progress_bar
+from checkpoints_tools.conversion import pack
 from checkpoints_tools.readers import Reader, open_source
 from checkpoints_tools.readers.base import Shape, module_shapes
 from checkpoints_tools.readers.hf import is_unturned
-from checkpoints_tools.readers.quantised import check_divisible, is_quantised
-from checkpoints_tools.shards import ShardWriter
-from specmq_jax import errors, formats
-from specmq_jax.checkpoint import write_json
+from checkpoints_tools.readers.quantised.base import check_divisible, is_quantised
+from checkpoints_tools.writers.shards import ShardWriter
+from specmq_jax import formats
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, staged
 from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical, Quantised, dense_values, peak
-from specmq_jax.parameters import Formats, parameter_shapes
+from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.network.parameters import Formats, parameter_shapes
 
 SHARD_BYTES = 1 << 30
 _USAGE = "python -m checkpoints_tools.export SRC DST --format=hf|gptq [--precision=NAME]"
@@ -191,4 +193,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("precision", "fp16", "Of the values that are not quantised: fp32, bf16 or fp16.")
     flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "Bytes of one file at the most, unless one tensor alone has more.",
                          lower_bound=1)
-    errors.run(main)
+    entry.run(main)

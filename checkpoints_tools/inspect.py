@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_tools.convert import arguments
+from checkpoints_tools.arguments import arguments
 from checkpoints_tools.readers import Reader, open_source
-from specmq_jax import errors
-from specmq_jax.parameters import parameter_shapes
+from specmq_jax.commands import entry
+from specmq_jax.network.parameters import parameter_shapes
 
 
 def describe(reader: Reader) -> Iterator[tuple[str, str]]:
@@ -52,4 +52,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.progress import track
 
 import specmq_jax as sm
-from checkpoints_tools import convert
-from checkpoints_tools.calibration import read_tokens
-from specmq_jax import errors, formats
-from specmq_jax.cache import KVCache
-from specmq_jax.config import LlamaConfig
+from checkpoints_tools import arguments
+from checkpoints_tools.quantizers.calibration import read_tokens
+from specmq_jax import formats
+from specmq_jax.commands import entry
 from specmq_jax.errors import NotFiniteError, UserError
-from specmq_jax.llama import Llama
-from specmq_jax.model import Params, check_tokens
+from specmq_jax.loading.model import Params, check_tokens
+from specmq_jax.network.cache import KVCache
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.llama import Llama
 from specmq_jax.tokenizer import load_tokenizer
 from specmq_jax.words import count
 
@@ -97,7 +98,7 @@ def _losses(module: Llama, params: Params, tokens: Int32[Array, "S"], cache: KVC
 
 def main(argv: Sequence[str]) -> None:
     usage = "python -m checkpoints_tools.perplexity MODEL --text=FILE"
-    (source,) = convert.arguments(argv, usage, 1)
+    (source,) = arguments.arguments(argv, usage, 1)
     given = flags.FLAGS
     if not given.text:
         raise UserError(f"--text=FILE is missing; usage: {usage}")
@@ -117,4 +118,4 @@ if __name__ == "__main__":
                         f"{', '.join(formats.names())}. Default: as stored.")
     flags.DEFINE_integer("length", None, "Tokens in a window. Default: 2048, or the model's positions if those are fewer.",
                          lower_bound=2)
-    errors.run(main)
+    entry.run(main)

@@ -12,25 +12,20 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from checkpoints_tools.calibration import CalibrationFile
-from checkpoints_tools.convert import (
-    arguments,
-    check_changed,
-    check_head,
-    define_head_precision,
-    target_formats,
-    write,
-)
+from checkpoints_tools.arguments import arguments, define_head_precision
+from checkpoints_tools.conversion import check_changed, check_head, target_formats, write
+from checkpoints_tools.quantizers.calibration import CalibrationFile
 from checkpoints_tools.quantizers.gptq import Gptq
 from checkpoints_tools.quantizers.layerwise import Quantiser, Recipe
 from checkpoints_tools.quantizers.smooth import INPUTS, Smoothing
 from checkpoints_tools.readers import Reader, open_source
-from checkpoints_tools.rotate import RotatedReader, random_rotation
-from specmq_jax import errors, formats
-from specmq_jax.contents import checkpoint_digest, json_digest
+from checkpoints_tools.rotation.rotated import RotatedReader, random_rotation
+from specmq_jax import formats
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, scratch
 from specmq_jax.formats import DenseFormat
+from specmq_jax.loading.contents import checkpoint_digest, json_digest
 from specmq_jax.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -154,4 +149,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    errors.run(main)
+    entry.run(main)

@@ -12,12 +12,12 @@ from typing import Any
 
 from absl import flags
 
-from checkpoints_tools import convert
-from specmq_jax import errors
-from specmq_jax.config import LlamaConfig
-from specmq_jax.drafters.vocabulary import FORMAT, rank
+from checkpoints_tools import arguments
+from specmq_jax.commands import entry
+from specmq_jax.decoding.drafters.vocabulary import FORMAT, rank
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_text
+from specmq_jax.network.config import LlamaConfig
 from specmq_jax.tokenizer import load_tokenizer
 
 
@@ -68,7 +68,7 @@ def rank_vocabulary(model: str | pathlib.Path, text: str | pathlib.Path, destina
 
 def main(argv: Sequence[str]) -> None:
     usage = "python -m checkpoints_tools.rank_vocabulary MODEL OUT.json --text=FILE"
-    model, destination = convert.arguments(argv, usage, 2)
+    model, destination = arguments.arguments(argv, usage, 2)
     if not flags.FLAGS.text:
         raise UserError(f"--text=FILE is missing; usage: {usage}")
     print(rank_vocabulary(model, flags.FLAGS.text, destination))
@@ -76,4 +76,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("text", None, "Text file, or .jsonl file, whose tokens are counted.")
-    errors.run(main)
+    entry.run(main)

@@ -22,15 +22,15 @@ from absl import flags
 from jaxtyping import Int32
 from rich.console import Console
 
-from checkpoints_tools.convert import arguments
-from specmq_jax import errors
+from checkpoints_tools.arguments import arguments
 from specmq_jax import tokenizer as tk
-from specmq_jax.config import read_json
-from specmq_jax.contents import checkpoint_digest, json_digest
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination
+from specmq_jax.json_files import read_json
+from specmq_jax.loading.contents import checkpoint_digest, json_digest
+from specmq_jax.loading.model import Model, load
 from specmq_jax.locks import locked
-from specmq_jax.model import Model, load
 from specmq_jax.words import count
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _draft_ids(sequences: Any, inside: np.ndarray, target: Model, settings: Sett
     size = settings.draft_vocabulary or min(32768, target.config.vocab_size)
     if settings.version == 2 or size >= target.config.vocab_size:
         return None
-    from specmq_jax.drafters.vocabulary import rank
+    from specmq_jax.decoding.drafters.vocabulary import rank
 
     answered = (sequences.tokens[index][sequences.prompts[index]:].tolist() for index in inside)
     return np.sort(rank(answered, target.config.vocab_size)[:size]).astype(np.int32)
@@ -252,4 +252,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("held_out", 0.02, "Share of the dialogues that acceptance is measured on; above 0 at least one "
                        "of several, 0 none.", 0, 0.5)
     flags.DEFINE_integer("seed", 0, "Of the head's first parameters, the split and the order of training.", 0, 2**32 - 1)
-    errors.run(main)
+    entry.run(main)

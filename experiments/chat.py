@@ -20,11 +20,13 @@ from rich.console import Console
 from rich.text import Text
 
 import specmq_jax as sm
-from experiments import assistant, flags
-from experiments.answer_text import AnswerText
-from experiments.answer_view import AnswerView
-from experiments.assistant import Assistant
-from specmq_jax import errors, metrics
+from experiments.running import flags
+from experiments.serving import assistant
+from experiments.serving.answer_text import AnswerText
+from experiments.serving.answer_view import AnswerView
+from experiments.serving.assistant import Assistant
+from experiments.timing import device
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_json
 from specmq_jax.words import count
@@ -234,11 +236,11 @@ def main(argv: Sequence[str]) -> None:
     aside = console if console.is_terminal else Console(stderr=True)
     model = Assistant.load(settings, aside)
     chat = Chat(model, settings.methods[0], seed=settings.seed, console=console, aside=aside)
-    aside.print(Text(f"{model.name} at {model.bench.precision} with {chat.method} on {metrics.device_name()}; /help lists the "
+    aside.print(Text(f"{model.name} at {model.bench.precision} with {chat.method} on {device.device_name()}; /help lists the "
                      "commands"), soft_wrap=True)
     chat.run(_reader())
 
 
 if __name__ == "__main__":
     assistant.declare_flags()
-    errors.run(main, unused=assistant.UNUSED)
+    entry.run(main, unused=assistant.UNUSED)

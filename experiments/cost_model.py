@@ -19,17 +19,20 @@ from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
-import specmq_jax as sm
-from experiments import claims, cost_plots, flags, methods, runner, tables
-from experiments.answers import check_directory
-from experiments.cells import NO_VALUE, change, milliseconds, number, times
-from experiments.contents import Contents
-from experiments.cost_search import Prediction
-from experiments.cost_study import Bounds, Findings, Study
-from experiments.flags import Settings
-from experiments.methods import Choice, Workbench
-from experiments.step_costs import Ladder, Say
-from specmq_jax import errors, formats, metrics
+from experiments.answers import metrics
+from experiments.answers.answer_files import check_directory
+from experiments.cost import cost_plots, predict
+from experiments.cost.cost_search import Prediction
+from experiments.cost.cost_study import Bounds, Findings
+from experiments.display import tables
+from experiments.display.cells import NO_VALUE, change, milliseconds, number, times
+from experiments.running import claims, flags, methods, runner
+from experiments.running.contents import Contents
+from experiments.running.methods import Workbench
+from experiments.running.settings import Settings
+from experiments.timing import device
+from specmq_jax import formats
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -37,74 +40,6 @@ _USED = ("model", "method", "methods", "drafter", "precision", "draft_precision"
          "tree_top_k", "tree_size", "vocabulary", "vocabulary_size", "min_draft_length", "draft_model_start", "question_file",
          "question_begin", "question_end", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "seed",
          "reproducible", "output_dir")
-# kernels take rows in tiles of 8, 16 and 32, behind the end of each of which the time leaps
-_CPU_ROWS, _GPU_ROWS = (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 60, 64)
-
-
-def bounds(*, nodes: int | None = None, depth: int | None = None, draft_tokens: int | None = None, runs: int = 10) -> Bounds:
-    """What suits the device where nothing is given.
-
-    Args:
-      nodes: of a tree at most, the root counted.
-      depth: of a tree at most.
-      draft_tokens: of a small model's drafts at most, or in the hierarchy before the last inner round.
-      runs: of each timed loop.
-    """
-    cpu = jax.default_backend() == "cpu"
-    depth, draft_tokens = depth or (5 if cpu else 8), draft_tokens or (5 if cpu else 10)
-    rows = _CPU_ROWS if cpu else _GPU_ROWS
-    if nodes:
-        rows = (*(n for n in rows if n < nodes), nodes)
-    ladder = Ladder(rows=rows, depths=_rungs(depth), lengths=_rungs(draft_tokens), runs=runs)
-    return Bounds(ladder=ladder, min_draft_length=draft_tokens)
-
-
-def _rungs(most: int) -> tuple[int, ...]:
-    return tuple(sorted({1, (most + 1) // 2, most}))
-
-
-def study(settings: Settings, bench: Workbench, limits: Bounds, say: Say, precisions: Sequence[str] = ()) -> Findings:
-    """Measures and predicts the methods that the settings name.
-
-    Raises:
-      UserError: as in `Study`.
-    """
-    prompts = [bench.encode(question.messages([])) for question in settings.questions()]
-    wanted = [method for method in settings.methods if method != methods.AUTO]
-    return Study(bench, limits, prompts, settings.max_new_tokens, say).run(wanted, precisions)
-
-
-def measured(settings: Settings, bench: Workbench, choices: Sequence[Choice]) -> dict[str, float | None]:
-    """Tokens/s that each method's setting really makes on the first turns, by method; as `specmq_jax.metrics` defines them.
-
-    The settings take turns at each question, so that a device that grows slower or faster does so for all.
-    """
-    prompts = [bench.encode(question.messages([])) for question in settings.questions()]
-    decoders = {choice.method: sm.Decoder(bench.target, bench.drafter(choice.method, choice), bench.config)
-                for choice in choices}
-    for decoder in decoders.values():
-        for prompt in prompts:
-            decoder.generate(prompt, 2)  # compiles
-    speeds: dict[str, list[float | None]] = {method: [] for method in decoders}
-    for prompt in prompts:
-        for method, decoder in decoders.items():
-            generation = decoder.generate(prompt, settings.max_new_tokens)
-            speeds[method].append(metrics.speed([len(generation.tokens)], [generation.seconds]))
-    return {method: metrics.mean_speed(found) for method, found in speeds.items()}
-
-
-def describe(choice: Choice) -> str:
-    """The flags that ask for a setting."""
-    tree = choice.tree
-    trees = f"--tree_depth={tree.depth} --tree_top_k={tree.top_k} --tree_size={tree.size}"
-    match choice.method:
-        case "baseline":
-            return "--method=baseline"
-        case "spec":
-            return f"--method=spec --draft_length={choice.draft_length}"
-        case "hier":
-            return f"--method=hier {trees} --min_draft_length={choice.min_draft_length}"
-    return f"--method={choice.method} {trees}"
 
 
 def table(findings: Findings, real: Mapping[str, float | None]) -> Table:
@@ -142,7 +77,7 @@ def _columns(findings: Findings, real: Mapping[str, float | None]) -> tables.Cel
 def summary(settings: Settings, bench: Workbench, findings: Findings, real: Mapping[str, float | None]) -> dict[str, Any]:
     """Everything that was found, as JSON values: seconds, tokens a round, tokens/s."""
     return {
-        "device": metrics.device_name(), "jax": jax.__version__, "model": settings.models.target_name,
+        "device": device.device_name(), "jax": jax.__version__, "model": settings.models.target_name,
         "precision": bench.precision, "benchmark": settings.benchmark.title,
         "answers": findings.answers, "tokens": findings.tokens,
         "sampling": repr(settings.sampling), "top_k": settings.models.tree.top_k,
@@ -163,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("the cost model is what chooses for method auto; leave it out of --methods")
     precisions = [formats.get(name).name for name in given.precisions]
     check_directory(settings.output_dir)
-    limits = bounds(nodes=given.most_nodes, depth=given.most_depth, draft_tokens=given.most_draft_tokens, runs=given.runs)
+    limits = predict.bounds(nodes=given.most_nodes, depth=given.most_depth, draft_tokens=given.most_draft_tokens, runs=given.runs)
     limits.check()
     with claims.reported(settings.output_dir):
         _run(settings, limits, precisions, console, progress)
@@ -180,17 +115,17 @@ def _run(settings: Settings, limits: Bounds, precisions: Sequence[str], console:
     say(memory.describe())
     memory.check()
     bench = runner.load(settings)
-    findings = study(settings, bench, limits, say, precisions)
+    findings = predict.study(settings, bench, limits, say, precisions)
     real: dict[str, float | None] = {}
     if absl_flags.FLAGS.check:
         say("running each method's best setting")
-        real = measured(settings, bench, [findings.best(method).choice for method in findings.methods])
+        real = predict.measured(settings, bench, [findings.best(method).choice for method in findings.methods])
     found = {**summary(settings, bench, findings, real), "contents": held}
     _write(settings.output_dir, found, findings)
     console.print(f"{found['device']} | {found['model']} at {found['precision']} | {count(found['answers'], 'answer')}, "
                   f"{count(found['tokens'], 'token')}", highlight=False, markup=False, soft_wrap=True)
     tables.show(_columns(findings, real), [findings.best(method) for method in findings.methods], console, texts=1)
-    console.print(f"Fastest: {describe(findings.best().choice)}\nWrote {settings.output_dir / 'cost_model.json'}, "
+    console.print(f"Fastest: {predict.describe(findings.best().choice)}\nWrote {settings.output_dir / 'cost_model.json'}, "
                   f"{settings.output_dir / 'cost_model.png'}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -205,7 +140,7 @@ def declare_flags() -> None:
     for name in _USED:
         absl_flags.declare_key_flag(name)
     absl_flags.DEFINE_integer("most_nodes", None, "Nodes of the largest tree that is looked at, the root counted. Default: "
-                              f"{_CPU_ROWS[-1]} on a CPU, {_GPU_ROWS[-1]} on a GPU.", lower_bound=2)
+                              f"{predict.CPU_ROWS[-1]} on a CPU, {predict.GPU_ROWS[-1]} on a GPU.", lower_bound=2)
     absl_flags.DEFINE_integer("most_depth", None, "Levels of the deepest tree. Default: 5 on a CPU, 8 on a GPU.",
                               lower_bound=1)
     absl_flags.DEFINE_integer("most_draft_tokens", None, "Largest --draft_length and --min_draft_length that are looked at. "
@@ -218,4 +153,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main, unused="the cost model writes no answers")
+    entry.run(main, unused="the cost model writes no answers")

@@ -21,12 +21,15 @@ import jaxlib
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import flags, methods, step_times, tables
-from experiments.cells import NO_VALUE, milliseconds, number, part
-from experiments.random_models import SHAPES, Drafting, shape, small_shape
-from experiments.step_times import PARTS, PREFILL_RUNS, Measure, Settings
-from specmq_jax import errors, formats, metrics
-from specmq_jax.config import TreeConfig
+from experiments.display import tables
+from experiments.display.cells import NO_VALUE, milliseconds, number, part
+from experiments.running import flags, methods
+from experiments.timing import device, step_times
+from experiments.timing.random_models import SHAPES, Drafting, shape, small_shape
+from experiments.timing.step_times import PARTS, PREFILL_RUNS, Measure, Settings
+from specmq_jax import formats
+from specmq_jax.commands import entry
+from specmq_jax.decoding.config import TreeConfig
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -61,13 +64,13 @@ def run(settings: Settings, about: Mapping[str, Any], *, bandwidth: float | None
       UserError: as in `step_times.measure`.
     """
     console, progress = console or tables.stdout(), progress or Console(stderr=True)
-    about = {"device": metrics.device_name(), "bandwidth": bandwidth,
+    about = {"device": device.device_name(), "bandwidth": bandwidth,
              "bandwidth_source": "given" if bandwidth else "copy", "jax": jax.__version__, "jaxlib": jaxlib.__version__,
              "python": platform.python_version(), **about, "settings": dataclasses.asdict(settings)}
     measures: list[Measure] = []
     try:
         for measure in step_times.measure(settings):
-            measure = dataclasses.replace(measure, bandwidth=bandwidth or metrics.device_bandwidth())
+            measure = dataclasses.replace(measure, bandwidth=bandwidth or device.device_bandwidth())
             measures.append(measure)
             progress.print(f"{measure.precision}, {measure.name}" + (f" at {measure.context}" if measure.context else "")
                            + f": {_median(measure)} ms, first call {measure.timing.first_call:.1f} s",
@@ -230,4 +233,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main, unused="models and heads are random, and of the shape that --shape names")
+    entry.run(main, unused="models and heads are random, and of the shape that --shape names")

@@ -14,13 +14,18 @@ import jax
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import flags, tables
-from experiments.cells import NO_VALUE, number, significant, times
-from pallas_kernels import cases, timing, tune
-from pallas_kernels.cases import Case, ModelShape
-from pallas_kernels.timing import Loop, Plan, Timing
+from experiments import tune
+from experiments.answers import metrics
+from experiments.display import tables
+from experiments.display.cells import NO_VALUE, number, significant, times
+from experiments.kernels import cases, timing
+from experiments.kernels.cases import Case, ModelShape
+from experiments.kernels.timing import Loop, Plan, Timing
+from experiments.running import flags
+from experiments.timing import device
 from pallas_kernels.w4a16.api import GROUP_SIZES
-from specmq_jax import errors, metrics, words
+from specmq_jax import words
+from specmq_jax.commands import entry
 
 _LOOP_SECONDS = 2e-2
 _CONTEXTS = (512, 4096, 16384)
@@ -165,7 +170,7 @@ def _dense_products(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Ite
 
 
 def _marlin(inner: int, columns: int, rows: int) -> float | None:
-    if (inner, columns) not in _MARLIN or rows not in _MARLIN_ROWS or "H200" not in metrics.device_name():
+    if (inner, columns) not in _MARLIN or rows not in _MARLIN_ROWS or "H200" not in device.device_name():
         return None
     return 1e-6 * _MARLIN[inner, columns][_MARLIN_ROWS.index(rows)]
 
@@ -237,7 +242,7 @@ def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: path
         console: Console | None = None) -> list[Line]:
     """Measures and prints; the JSON file is written again behind every table, so that a stopped run leaves one."""
     console = console or tables.stdout()
-    about = {"device": metrics.device_name(), "device_bandwidth": metrics.device_bandwidth(), "jax": jax.__version__,
+    about = {"device": device.device_name(), "device_bandwidth": device.device_bandwidth(), "jax": jax.__version__,
              "runs": bench.runs}
     copies = about["device_bandwidth"]
     speed = f", copies {number(copies / 1e9, 0)} GB/s at the start" if copies else ""
@@ -303,4 +308,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main)
+    entry.run(main)

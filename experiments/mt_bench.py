@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from experiments import benchmark_command, flags
-from experiments.benchmark import MT_BENCH as BENCHMARK
-from specmq_jax import errors
+from experiments.benchmarks.benchmark import MT_BENCH as BENCHMARK
+from experiments.reporting import benchmark_command
+from experiments.running import flags
+from specmq_jax.commands import entry
 
 absl_flags.adopt_module_key_flags(flags)
 absl_flags.adopt_module_key_flags(benchmark_command)
@@ -22,4 +23,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import assistant, flags
-from experiments.answer_text import AnswerText
-from experiments.assistant import Assistant
-from experiments.request_sampling import RequestKey, RequestSampling
-from specmq_jax import errors, metrics
+from experiments.running import flags
+from experiments.serving import assistant
+from experiments.serving.answer_text import AnswerText
+from experiments.serving.assistant import Assistant
+from experiments.serving.request_sampling import RequestKey, RequestSampling
+from experiments.timing import device
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 
 _NEEDED = ("pydantic", "starlette", "uvicorn")
@@ -56,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'specmq-jax[serve]'")
-    from experiments import http_server  # imports what is needed
+    from experiments.serving import http_server  # imports what is needed
 
     given, console = absl_flags.FLAGS, Console(stderr=True)
     with listen(given.host, given.port) as listening:  # a port that is taken is found before anything is loaded
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         def say(text: str) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        say(f"{model.name} at {loaded.bench.precision} with {settings.methods[0]} on {metrics.device_name()}: {url(listening)}")
+        say(f"{model.name} at {loaded.bench.precision} with {settings.methods[0]} on {device.device_name()}: {url(listening)}")
         http_server.serve(model, listening, waiting=given.queue, log=say)
 
 
@@ -104,4 +106,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main, unused=assistant.UNUSED)
+    entry.run(main, unused=assistant.UNUSED)

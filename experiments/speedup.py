@@ -20,15 +20,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import answer_runs, flags, plots, tables
-from experiments.answer_runs import Run
-from experiments.answers import Answer
-from experiments.benchmarks import BENCHMARKS
-from experiments.cells import NO_VALUE, number, times
-from experiments.figures import LEVEL, Figures, compare
-from experiments.plots import PLAIN, Bar
-from experiments.report import by_category, identical
-from specmq_jax import errors
+from experiments.answers.answer_files import Answer
+from experiments.benchmarks.registry import BENCHMARKS
+from experiments.display import plots, tables
+from experiments.display.cells import NO_VALUE, number, times
+from experiments.display.plots import PLAIN, Bar
+from experiments.reporting import answer_runs
+from experiments.reporting.answer_runs import Run
+from experiments.reporting.figures import LEVEL, Figures, compare
+from experiments.reporting.report import by_category, identical
+from experiments.running import flags
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -234,4 +236,4 @@ def declare_flags() -> None:
 
 if __name__ == "__main__":
     declare_flags()
-    errors.run(main)
+    entry.run(main)

@@ -14,13 +14,14 @@ from typing import Any
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import claims, flags, grid, isolated, sweep_cells, sweep_report
-from experiments.isolated import ProcessEnded
-from experiments.sweep_cells import Cell, Prepared
-from experiments.sweep_progress import Display, display
-from experiments.sweep_worker import Event, run_cells
-from experiments.tables import stdout
-from specmq_jax import errors, flag_values
+from experiments.display.tables import stdout
+from experiments.running import claims, flags
+from experiments.sweeping import grid, isolated, sweep_cells, sweep_report
+from experiments.sweeping.isolated import ProcessEnded
+from experiments.sweeping.sweep_cells import Cell, Prepared
+from experiments.sweeping.sweep_progress import Display, display
+from experiments.sweeping.sweep_worker import Event, run_cells
+from specmq_jax.commands import entry, flag_values
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -114,4 +115,4 @@ def _say(console: Console, text: str) -> None:
 if __name__ == "__main__":
     sweep_cells.declare_flags()
     absl_flags.adopt_module_key_flags(sweep_cells)
-    errors.run(main)
+    entry.run(main)

@@ -3,8 +3,3 @@
 An op is a directory: `api.py` is the public function, `reference.py` its specification in jnp (and what runs on a CPU),
 `kernel.py` the Pallas-Triton form, `tuned/<device>.json` the measured block sizes.
 """
-
-import sys
-
-if sys.argv[:1] == ["-m"]:  # for Ctrl-C while pallas_kernels.tune is being imported
-    from specmq_jax import interrupts  # noqa: F401

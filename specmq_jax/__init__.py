@@ -1,14 +1,15 @@
 """Low-bit Llama-family models decoded speculatively on JAX."""
 
-from specmq_jax import interrupts  # noqa: F401 (first, for Ctrl-C while a command is being imported)
-from specmq_jax.config import DecodeConfig, LlamaConfig, RopeConfig, TreeConfig
-from specmq_jax.decode import Decoder, DecodeState, Generation, PhaseTimes
-from specmq_jax.drafters import ChainDrafter, Drafter, EagleDrafter, HierarchicalDrafter, NoDrafter
+from specmq_jax.commands import interrupts  # noqa: F401 (first, for Ctrl-C while a command is being imported)
+from specmq_jax.decoding.config import DecodeConfig, TreeConfig
+from specmq_jax.decoding.decode import Decoder, DecodeState, Generation, PhaseTimes
+from specmq_jax.decoding.drafters import ChainDrafter, Drafter, EagleDrafter, HierarchicalDrafter, NoDrafter
+from specmq_jax.decoding.sampling import Greedy, Sampling
+from specmq_jax.decoding.tree import DraftTree
 from specmq_jax.errors import NotFiniteError, UserError
-from specmq_jax.head import Head, load_head
-from specmq_jax.model import Model, load, logits, random_model
-from specmq_jax.sampling import Greedy, Sampling
-from specmq_jax.tree import DraftTree
+from specmq_jax.loading.head import Head, load_head
+from specmq_jax.loading.model import Model, load, logits, random_model
+from specmq_jax.network.config import LlamaConfig, RopeConfig
 
 __all__ = ["ChainDrafter", "DecodeConfig", "DecodeState", "Decoder", "DraftTree", "Drafter", "EagleDrafter", "Generation",
            "Greedy", "Head", "HierarchicalDrafter", "LlamaConfig", "Model", "NoDrafter", "NotFiniteError", "PhaseTimes",
@@ -17,7 +18,7 @@ __all__ = ["ChainDrafter", "DecodeConfig", "DecodeState", "Decoder", "DraftTree"
 
 def __getattr__(name: str) -> str:
     if name == "__version__":  # read when asked for: to look it up takes milliseconds
-        from specmq_jax.version import version
+        from specmq_jax.commands.version import version
 
         return version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

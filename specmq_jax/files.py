@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import platformdirs
+
 from specmq_jax.errors import UserError
 
 try:
@@ -30,6 +32,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _IN_TEXT = re.compile(r"os[ _]error(?:_code=')? ?(\d+)")
 """How safetensors and TensorStore, which raise errors of their own, tell the system's number."""
 _NAME_LENGTH = 50  # of what a partial's name keeps of NAME, for names that are as long as a system allows
+
+
+def cache_directory() -> pathlib.Path:
+    """Where downloads and converted models are kept: $SPECMQ_CACHE, else the platform's cache folder."""
+    return pathlib.Path(os.environ.get("SPECMQ_CACHE") or platformdirs.user_cache_dir("specmq_jax"))
 
 
 def full_disk(error: BaseException) -> str | None:

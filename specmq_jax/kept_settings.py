@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_json
+from specmq_jax.json_files import read_json
 
 
 def read_settings(path: pathlib.Path, way_out: str) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.json_files import read_json
 from specmq_jax.text_stream import TextStream
 from specmq_jax.tokenizer_files import chat_template, special_tokens
 

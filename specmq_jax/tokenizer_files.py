@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
+from specmq_jax.json_files import read_json
 
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _DEFAULT = "default"

@@ -9,12 +9,12 @@ from typing import Any, Self
 
 import jax
 
-from checkpoints_tools.leaf_files import damaged, load_leaves, save_leaves
+from checkpoints_tools.writers.leaf_files import damaged, load_leaves, save_leaves
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Weight
 from specmq_jax.kept_settings import changes, read_settings, write_settings
 from specmq_jax.locks import locked
-from specmq_jax.parameters import Formats
+from specmq_jax.network.parameters import Formats
 
 
 class KeptLayers:

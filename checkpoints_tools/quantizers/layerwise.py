@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from checkpoints_tools import convert
-from checkpoints_tools.calibration import Calibration
+from checkpoints_tools import arguments, conversion
+from checkpoints_tools.quantizers.calibration import Calibration
 from checkpoints_tools.quantizers.gptq import Gptq
 from checkpoints_tools.quantizers.grids import grid_of
 from checkpoints_tools.quantizers.kept_layers import KeptLayers
 from checkpoints_tools.quantizers.smooth import Smoothing
 from checkpoints_tools.quantizers.stages import LINEAR, Inputs, walk
 from checkpoints_tools.readers import Reader
-from specmq_jax.checkpoint import CheckpointWriter
 from specmq_jax.formats import Weight, dense_values
-from specmq_jax.parameters import Formats, parameter_shapes
+from specmq_jax.loading.checkpoint import CheckpointWriter
+from specmq_jax.network.parameters import Formats, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Quantiser:
         settings = {"source content": content, **self._target.names, **made, "calibration tokens": tokens}
         with KeptLayers(destination, settings, self._target) as kept:
             layers = self._config.num_layers
-            with convert.progress_bar() as progress:
+            with arguments.progress_bar() as progress:
                 task = progress.add_task(f"{self._reader.location.name} to {self._target.linear.name}", total=layers)
                 stream = self._embed()
                 for layer in range(layers):
@@ -86,7 +86,7 @@ class Quantiser:
                     progress.advance(task)
             del stream
             reader = self._reader
-            with CheckpointWriter(destination, config=reader.config, formats=self._target, source=convert.origin_of(reader),
+            with CheckpointWriter(destination, config=reader.config, formats=self._target, source=conversion.origin_of(reader),
                                   quantisation=made) as writer:
                 reader.save_tokenizer(writer.directory)
                 reader.save_rotation(writer.directory)
@@ -124,11 +124,11 @@ class Quantiser:
     def _quantise(self, path: str, weight: Float[Array, "K N"], inputs: Inputs) -> Weight:
         gptq = self._recipe.gptq
         if gptq is None:
-            return _behind(inputs, convert.pack(path, weight, self._target))
+            return _behind(inputs, conversion.pack(path, weight, self._target))
         hessian, count = jnp.zeros((len(weight), len(weight)), jnp.float32), 0
         for x in inputs:
             hessian, count = _add_products(hessian, x), count + len(x)
-        return convert.pack(path, gptq.quantise(weight, hessian / count, grid_of(self._target.linear)), self._target)
+        return conversion.pack(path, gptq.quantise(weight, hessian / count, grid_of(self._target.linear)), self._target)
 
     def _finished(self, kept: KeptLayers) -> Iterator[tuple[str, Weight]]:
         """Each path of `parameter_shapes` with its weight."""
@@ -136,7 +136,7 @@ class Quantiser:
             if part.startswith("layers_"):
                 yield from self._kept(int(part.removeprefix("layers_")), kept).items()
             else:
-                yield from ((path, convert.pack(path, self._reader.read(path), self._target)) for path in paths)
+                yield from ((path, conversion.pack(path, self._reader.read(path), self._target)) for path in paths)
 
     def _kept(self, layer: int, kept: KeptLayers) -> dict[str, Weight] | None:
         prefix = f"layers_{layer}/"

@@ -24,8 +24,8 @@ from checkpoints_tools.quantizers.stages import (
     linear_inputs,
 )
 from specmq_jax import formats
-from specmq_jax.config import LlamaConfig
 from specmq_jax.formats import WeightFormat
+from specmq_jax.network.config import LlamaConfig
 
 INPUTS = {"qkv": QKV, "o": OUT, "gate_up": GATE_UP, "down": DOWN}
 """The linear layers whose inputs can be smoothed, by the names users give."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from checkpoints_tools.training.batched import attention, heads_first, linear, rms_norm, rotation
 from pallas_kernels.rope.reference import rotate
-from specmq_jax.config import LlamaConfig
+from specmq_jax.network.config import LlamaConfig
 
 QKV, OUT, GATE_UP, DOWN = LINEAR = ("attention/qkv/w", "attention/o/w", "mlp/gate_up/w", "mlp/down/w")
 ATTENTION_NORM, MLP_NORM = "attention_norm/scale", "mlp_norm/scale"

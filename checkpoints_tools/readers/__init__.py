@@ -5,19 +5,19 @@ import sys
 
 from checkpoints_tools.readers import hub
 from checkpoints_tools.readers.base import Reader, Stored
-from checkpoints_tools.readers.compressed_tensors import open_compressed
-from checkpoints_tools.readers.gguf import GgufReader
-from checkpoints_tools.readers.gptq import AUTO_ROUND, GptqReader
+from checkpoints_tools.readers.files.tensor_files import TensorFiles
+from checkpoints_tools.readers.gguf.reader import GgufReader
 from checkpoints_tools.readers.hf import HuggingFaceReader, open_tensors
-from checkpoints_tools.readers.marlin import MarlinReader, is_marlin
 from checkpoints_tools.readers.native import NativeReader
-from checkpoints_tools.readers.qqq import QqqReader
-from checkpoints_tools.readers.qserve import QoqReader, QServeInt8Reader
-from checkpoints_tools.readers.settings import as_object
-from checkpoints_tools.readers.tensor_files import TensorFiles
-from specmq_jax import checkpoint
-from specmq_jax.config import read_json
+from checkpoints_tools.readers.quantised.compressed_tensors import open_compressed
+from checkpoints_tools.readers.quantised.gptq import AUTO_ROUND, GptqReader
+from checkpoints_tools.readers.quantised.marlin import MarlinReader, is_marlin
+from checkpoints_tools.readers.quantised.qqq import QqqReader
+from checkpoints_tools.readers.quantised.qserve import QoqReader, QServeInt8Reader
+from checkpoints_tools.readers.quantised.settings import as_object
 from specmq_jax.errors import UserError
+from specmq_jax.json_files import read_json
+from specmq_jax.loading import checkpoint
 
 _METHODS = ("gptq", *AUTO_ROUND, "qqq", "compressed-tensors")
 __all__ = ["Reader", "Stored", "open_source"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from specmq_jax.config import LlamaConfig
+from checkpoints_tools.readers.files.rotation_file import load_rotation
 from specmq_jax.formats import Logical, Quantised
-from specmq_jax.parameters import Formats, parameter_shapes
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.parameters import Formats, parameter_shapes
 
 Shape = tuple[int, ...]
 
@@ -68,8 +69,6 @@ class Reader(abc.ABC):
     def save_rotation(self, directory: pathlib.Path) -> None:
         """Puts the rotation's file, where there is one, into `directory`: heads are adapted to a rotated model by it."""
         if self.rotation_file:
-            from checkpoints_tools.rotation_file import load_rotation  # which imports the readers
-
             if self.rotation_file.suffix == ".safetensors":  # others need PyTorch, and are looked at where they are used
                 load_rotation(self.rotation_file, self.llama.hidden_size)
             shutil.copyfile(self.rotation_file, directory / self.rotation_file.name)

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
-from checkpoints_tools.readers.safetensors_files import SafetensorsFiles
-from checkpoints_tools.readers.tensor_files import TensorFiles
-from checkpoints_tools.readers.torch_files import TorchFiles
-from checkpoints_tools.readers.weight_files import ROTATION_FILES, find_weight_files, shown
-from specmq_jax.config import LlamaConfig, read_json
+from checkpoints_tools.readers.files.rotation_file import find_rotation
+from checkpoints_tools.readers.files.safetensors_files import SafetensorsFiles
+from checkpoints_tools.readers.files.tensor_files import TensorFiles
+from checkpoints_tools.readers.files.torch_files import TorchFiles
+from checkpoints_tools.readers.files.weight_files import ROTATION_FILES, find_weight_files, shown
 from specmq_jax.errors import UserError
-from specmq_jax.parameters import Formats
+from specmq_jax.json_files import read_json
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.parameters import Formats
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -144,11 +146,6 @@ def find_tokenizer(directory: pathlib.Path) -> str | None:
     """The name of the file that holds the directory's tokenizer, None without one."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     return next((name for name in names if (directory / name).is_file()), None)
-
-
-def find_rotation(directory: pathlib.Path) -> pathlib.Path | None:
-    """The file that holds the directory's rotation, None without one."""
-    return next((directory / name for name in ROTATION_FILES if (directory / name).is_file()), None)
 
 
 def copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:

@@ -6,8 +6,8 @@ import re
 import huggingface_hub
 from huggingface_hub import errors
 
+from checkpoints_tools.readers.files.weight_files import ROTATION_FILES
 from checkpoints_tools.readers.hf import TOKENIZER_FILES
-from checkpoints_tools.readers.weight_files import ROTATION_FILES
 from specmq_jax.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -1,6 +1,6 @@
 """Passes over batches of sequences, for making answers and for training, where decoding's one-sequence kernels do not fit.
 
-Plain jnp over the parameters of `specmq_jax.llama.Llama` and `specmq_jax.eagle.EagleHead` with dense weights; a test holds
+Plain jnp over the parameters of `specmq_jax.network.llama.Llama` and `specmq_jax.network.eagle.EagleHead` with dense weights; a test holds
 them equal to the modules.
 """
 
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.rope.reference import rotate
-from specmq_jax.config import LlamaConfig
-from specmq_jax.eagle import EagleConfig
-from specmq_jax.model import Model
+from specmq_jax.loading.model import Model
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.eagle import EagleConfig
 
 Params = Mapping[str, Any]
 Attend = Callable[[int, Float[Array, "B S Hq d"], Float[Array, "B S Hkv d"], Float[Array, "B S Hkv d"]],

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from checkpoints_tools.leaf_files import damaged, load_leaves, write_leaves
+from checkpoints_tools.writers.leaf_files import damaged, load_leaves, write_leaves
 from specmq_jax.errors import UserError
 from specmq_jax.files import staged
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from checkpoints_tools.shards import save_tensors
 from checkpoints_tools.training.batched import Params
-from specmq_jax.checkpoint import write_json
-from specmq_jax.config import LlamaConfig
-from specmq_jax.eagle import EagleConfig, eagle_config
+from checkpoints_tools.writers.shards import save_tensors
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, staged
+from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.eagle import EagleConfig, eagle_config
 
 
 def official_config(version: int, target: LlamaConfig, hf: Mapping[str, Any], draft_vocabulary: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from checkpoints_tools.training import batched
-from specmq_jax.config import LlamaConfig
-from specmq_jax.eagle import EagleConfig
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.eagle import EagleConfig
 
 Batch = dict[str, Array]
 """The arrays of `rows.Rows`."""

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 from checkpoints_tools.training import batched
-from specmq_jax.config import LlamaConfig
+from specmq_jax.decoding.verification import are_sound
 from specmq_jax.errors import NotFiniteError
-from specmq_jax.verification import are_sound
+from specmq_jax.network.config import LlamaConfig
 
 _NONE = -1
 """Stands for a token that can't be drawn, and ends its answer."""

@@ -9,9 +9,9 @@ import numpy as np
 from sources import TINY, random_tensors, write_hf
 
 from checkpoints_tools.readers.base import module_shapes
-from specmq_jax.config import LlamaConfig
 from specmq_jax.formats import ChannelInt4, ChannelInt8, GroupedInt4, Quantised, TwoLevelInt4
-from specmq_jax.parameters import parameter_shapes
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.parameters import parameter_shapes
 
 SMALL = TINY | {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "head_dim": 32}
 """Its o_proj reads 128 inputs, which are one group of 128."""

@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from specmq_jax.config import LlamaConfig
-from specmq_jax.parameters import parameter_shapes
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.parameters import parameter_shapes
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "checkpoints"

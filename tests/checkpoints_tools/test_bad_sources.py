@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sources import DATA, TINY, random_tensors, write_gguf, write_hf
 
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from specmq_jax.errors import UserError
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from sources import DATA, TINY, logical, random_tensors, write_gguf, write_hf
 
-from checkpoints_tools import convert as convert_module
-from checkpoints_tools.convert import convert, prepare
+from checkpoints_tools import conversion as convert_module
+from checkpoints_tools.conversion import convert, prepare
 from checkpoints_tools.readers import open_source
-from specmq_jax import checkpoint, formats
+from specmq_jax import formats
 from specmq_jax.errors import UserError
+from specmq_jax.loading import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIED = TINY | {"tie_word_embeddings": True}

@@ -13,9 +13,9 @@ from sources import TINY, random_tensors, write_gguf
 from test_gguf import byte_level_metadata, sentence_piece_metadata
 
 from checkpoints_tools.readers import open_source
-from checkpoints_tools.readers.gguf_file import open_file
+from checkpoints_tools.readers.gguf.gguf_file import open_file
 from specmq_jax.errors import UserError
-from specmq_jax.parameters import parameter_shapes
+from specmq_jax.network.parameters import parameter_shapes
 
 CONFIG = TINY | {"vocab_size": 280, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
 UINT32, STRING, ARRAY, F32 = (int(kind) for kind in (

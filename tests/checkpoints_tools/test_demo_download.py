@@ -6,11 +6,11 @@ import pytest
 from sources import TINY, random_tensors, write_gguf, write_hf
 
 from checkpoints_tools import demo_model
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.readers.base import sha256
-from specmq_jax import checkpoint
-from specmq_jax.checkpoint import cached_checkpoints
 from specmq_jax.errors import UserError
+from specmq_jax.loading import checkpoint
+from specmq_jax.loading.checkpoint import cached_checkpoints
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

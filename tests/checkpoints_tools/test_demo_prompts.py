@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from checkpoints_tools import demo_prompts
-from experiments import questions
+from experiments.inputs import questions
 from specmq_jax.errors import UserError
 
 

@@ -10,12 +10,12 @@ from sources import DATA, write_hf
 
 import specmq_jax as sm
 from checkpoints_tools import demo_model
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.convert_eagle_rotation import convert_head
+from checkpoints_tools.readers.files.rotation_file import save_rotation
 from checkpoints_tools.rotate import rotate
-from checkpoints_tools.rotation_file import save_rotation
-from specmq_jax.head import outline_head
-from specmq_jax.model import outline
+from specmq_jax.loading.head import outline_head
+from specmq_jax.loading.model import outline
 
 BASES = {2: DATA / "checkpoints" / "fp16", 3: DATA / "eagle" / "eagle3_base"}
 HEADS = {version: DATA / "eagle" / f"eagle{version}_head" for version in (2, 3)}

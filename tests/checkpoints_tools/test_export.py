@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 from sources import DATA, SHARED, TINY, random_tensors, write_hf
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.export import export
 from checkpoints_tools.readers import open_source
+from checkpoints_tools.readers.files.rotation_file import load_rotation
 from checkpoints_tools.rotate import rotate
-from checkpoints_tools.rotation_file import load_rotation
 from specmq_jax.formats import dense_values
-from specmq_jax.parameters import parameter_shapes
+from specmq_jax.network.parameters import parameter_shapes
 
 TIED = TINY | {"tie_word_embeddings": True}
 

@@ -8,11 +8,12 @@ import pytest
 from sources import TINY, logical, random_tensors, write_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
-from checkpoints_tools.convert import convert
-from checkpoints_tools.readers import gguf_tokenizer, open_source
-from specmq_jax import checkpoint
-from specmq_jax.config import LlamaConfig
+from checkpoints_tools.conversion import convert
+from checkpoints_tools.readers import open_source
+from checkpoints_tools.readers.gguf import gguf_tokenizer
 from specmq_jax.errors import UserError
+from specmq_jax.loading import checkpoint
+from specmq_jax.network.config import LlamaConfig
 from specmq_jax.tokenizer import decode, encode_chat, load_tokenizer, stop_tokens
 
 TIED = TINY | {"tie_word_embeddings": True}

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from sources import TINY, random_tensors, write_gguf
 from test_gguf import byte_level_metadata, sentence_piece_metadata
 
-from checkpoints_tools.readers import gguf_rope, open_source
-from checkpoints_tools.readers.gguf_file import Metadata, open_file
-from specmq_jax.config import RopeConfig
+from checkpoints_tools.readers import open_source
+from checkpoints_tools.readers.gguf import gguf_rope
+from checkpoints_tools.readers.gguf.gguf_file import Metadata, open_file
 from specmq_jax.errors import UserError
+from specmq_jax.network.config import RopeConfig
 
 CONFIG = TINY | {"vocab_size": 280, "num_hidden_layers": 1}
 KINDS = gguf.GGUFValueType

@@ -5,9 +5,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sources import DATA, TINY, random_tensors, write_hf
 
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.readers import open_source
-from specmq_jax import checkpoint, formats
+from specmq_jax import formats
+from specmq_jax.loading import checkpoint
 
 SOURCE = DATA / "checkpoints" / "gptq-v1"
 

@@ -10,7 +10,7 @@ import specmq_jax as sm
 from checkpoints_tools.convert_eagle_rotation import convert_head
 from checkpoints_tools.rotate import rotate
 from checkpoints_tools.training import batched, head_files
-from specmq_jax.config import read_json
+from specmq_jax.json_files import read_json
 
 BASE, HEAD = DATA / "checkpoints" / "fp16", DATA / "eagle" / "eagle2_head"
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_tools.calibration import CalibrationFile
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.quantize import quantize
 from checkpoints_tools.quantizers import layerwise
+from checkpoints_tools.quantizers.calibration import CalibrationFile
 from checkpoints_tools.quantizers.gptq import Gptq
 from checkpoints_tools.quantizers.layerwise import Recipe
 from specmq_jax.errors import UserError

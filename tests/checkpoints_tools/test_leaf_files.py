@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from checkpoints_tools import leaf_files
-from checkpoints_tools.leaf_files import load_leaves, save_leaves
 from checkpoints_tools.quantizers.kept_layers import KeptLayers
 from checkpoints_tools.training.checkpoints import Checkpoints
+from checkpoints_tools.writers import leaf_files
+from checkpoints_tools.writers.leaf_files import load_leaves, save_leaves
 from specmq_jax.errors import UserError
-from specmq_jax.parameters import Formats
+from specmq_jax.network.parameters import Formats
 
 LEAVES = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.bfloat16([1.5, -2]), "count": jnp.int32(7), "codes": jnp.uint8([1, 255])}
 FORMATS = Formats.named({"linear": "fp16", "head": "fp16", "embed": "fp16"})

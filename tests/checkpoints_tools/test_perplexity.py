@@ -14,9 +14,9 @@ from sources import DATA, TINY, write_hf
 
 import specmq_jax as sm
 from checkpoints_tools import perplexity as module
-from checkpoints_tools.calibration import read_tokens
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.perplexity import perplexity
+from checkpoints_tools.quantizers.calibration import read_tokens
 from specmq_jax.errors import UserError
 from specmq_jax.tokenizer import load_tokenizer
 

@@ -7,10 +7,12 @@ import pytest
 from packers import LAYOUTS, SMALL, Layout, grouped, indices, pack_gptq, write_quantised
 from sources import random_tensors
 
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.inspect import describe
-from checkpoints_tools.readers import layouts, open_source
-from specmq_jax import checkpoint, formats
+from checkpoints_tools.readers import open_source
+from checkpoints_tools.readers.quantised import layouts
+from specmq_jax import formats
+from specmq_jax.loading import checkpoint
 
 
 def assert_same(found, expected):

@@ -11,7 +11,7 @@ from sources import random_tensors, write_hf
 from test_bad_sources import refuse
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert, pack
+from checkpoints_tools.conversion import convert, pack
 from checkpoints_tools.export import export
 from checkpoints_tools.readers import open_source
 

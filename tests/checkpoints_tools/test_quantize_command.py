@@ -14,17 +14,17 @@ from sources import DATA, TINY, write_hf
 
 import specmq_jax as sm
 from checkpoints_tools import quantize as command
-from checkpoints_tools.calibration import CalibrationFile
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.quantize import quantize
 from checkpoints_tools.quantizers import layerwise
+from checkpoints_tools.quantizers.calibration import CalibrationFile
 from checkpoints_tools.quantizers.gptq import Gptq
 from checkpoints_tools.quantizers.layerwise import Recipe
 from checkpoints_tools.quantizers.smooth import INPUTS, Smoothing
 from checkpoints_tools.quantizers.stages import ATTENTION_NORM, LINEAR, MLP_NORM, linear_inputs, walk
 from specmq_jax import formats
-from specmq_jax.checkpoint import CheckpointReader, read_metadata
 from specmq_jax.errors import UserError
+from specmq_jax.loading.checkpoint import CheckpointReader, read_metadata
 
 MODEL = DATA / "checkpoints" / "fp16"
 TOKENS = np.random.default_rng(0).integers(3, 97, 24)

@@ -6,13 +6,14 @@ from safetensors.numpy import save_file
 from sources import DATA, SHARED, TINY, random_tensors, write_hf
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert
-from checkpoints_tools.hadamard import hadamard, is_known
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.inspect import describe
 from checkpoints_tools.readers import open_source
-from checkpoints_tools.rotate import RotatedReader, random_rotation, rotate
-from checkpoints_tools.rotation_file import load_rotation, save_rotation
-from specmq_jax.checkpoint import read_metadata
+from checkpoints_tools.readers.files.rotation_file import load_rotation, save_rotation
+from checkpoints_tools.rotate import rotate
+from checkpoints_tools.rotation.hadamard import hadamard, is_known
+from checkpoints_tools.rotation.rotated import RotatedReader, random_rotation
+from specmq_jax.loading.checkpoint import read_metadata
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 24)
 TIED = TINY | {"tie_word_embeddings": True}

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sources import TINY, logical, random_tensors, write_hf
 
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.inspect import describe
 from checkpoints_tools.readers import open_source
-from specmq_jax.config import LlamaConfig
 from specmq_jax.errors import UserError
+from specmq_jax.network.config import LlamaConfig
 
 TIED = TINY | {"tie_word_embeddings": True}
 

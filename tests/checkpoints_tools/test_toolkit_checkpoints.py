@@ -5,8 +5,8 @@ import pytest
 from sources import SHARED
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert
-from specmq_jax.checkpoint import read_metadata
+from checkpoints_tools.conversion import convert
+from specmq_jax.loading.checkpoint import read_metadata
 
 _PICKLED = ("qoq-channel", "qoq-g128", "w8a8")
 _FORMATS = {"fp16": "fp16", "rot": "fp16", "gptq-v1": "w4a16", "gptq-v1-act-order": "w4a16-act-order", "marlin-g128": "w4a16",

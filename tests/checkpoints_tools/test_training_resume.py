@@ -17,7 +17,7 @@ from rich.console import Console
 
 import specmq_jax as sm
 from checkpoints_tools import train_eagle
-from checkpoints_tools.convert import convert
+from checkpoints_tools.conversion import convert
 from checkpoints_tools.training import answer_parts, answers, rows, trainer
 from checkpoints_tools.training.record import TrainingRecord
 from checkpoints_tools.training.sampler import Completion, Request

@@ -12,10 +12,10 @@ from sources import TINY, random_tensors, write_gguf, write_hf
 from test_bad_sources import refuse
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert, pack
+from checkpoints_tools.conversion import convert, pack
 from checkpoints_tools.export import export
 from checkpoints_tools.readers import open_source
-from checkpoints_tools.rotation_file import save_rotation
+from checkpoints_tools.readers.files.rotation_file import save_rotation
 from specmq_jax.errors import UserError
 
 DOWN, PATH = "model.layers.0.mlp.down_proj", "layers_0/mlp/down/w"

@@ -13,9 +13,9 @@ from sources import TINY, random_tensors, write_hf
 from test_bad_sources import Q, refuse
 
 from checkpoints_tools.readers import open_source
-from checkpoints_tools.readers.weight_files import find_weight_files
+from checkpoints_tools.readers.files.weight_files import find_weight_files
 from specmq_jax.errors import UserError
-from specmq_jax.parameters import parameter_shapes
+from specmq_jax.network.parameters import parameter_shapes
 
 INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 import specmq_jax as sm
-from experiments import methods
-from experiments.flags import Settings
-from specmq_jax.memory import Plan
+from experiments.running import methods
+from experiments.running.settings import Settings
+from specmq_jax.loading.memory import Plan
 
 QUESTIONS = """{"question_id": 1, "category": "writing", "turns": ["Name a colour.", "Another one."]}
 {"question_id": 2, "category": "math", "turns": ["What is 6 times 7?"]}

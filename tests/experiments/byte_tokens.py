@@ -4,7 +4,7 @@ import types
 
 import tokenizers
 
-from experiments.answer_text import AnswerText
+from experiments.serving.answer_text import AnswerText
 
 
 def _tokenizer():

@@ -8,8 +8,9 @@ import time
 
 from byte_tokens import END, answer_text, ids
 
-from experiments import http_server, serve
-from experiments.model_queue import ModelQueue
+from experiments import serve
+from experiments.serving import http_server
+from experiments.serving.model_queue import ModelQueue
 
 USER = [{"role": "user", "content": "Say something."}]
 

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments import answer_format, answer_runs, answers, runner
-from experiments.answers import AnswerFile
-from specmq_jax import metrics
+from experiments.answers import answer_files, answer_format, metrics
+from experiments.answers.answer_files import AnswerFile
+from experiments.reporting import answer_runs
+from experiments.running import runner
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def finished(tmp_path):
 
 
 def texts(path):
-    return [(answer.question_id, answer.texts) for answer in answers.read(path)]
+    return [(answer.question_id, answer.texts) for answer in answer_files.read(path)]
 
 
 @pytest.mark.parametrize("cut", [
@@ -83,7 +84,7 @@ def test_a_last_answer_without_a_line_end_is_kept(finished):
     path = finished.answers("spec")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    assert runner.run(finished, load=None, console=Console(quiet=True))[0].answers == tuple(answers.read(path))
+    assert runner.run(finished, load=None, console=Console(quiet=True))[0].answers == tuple(answer_files.read(path))
     first = whole[:whole.find(b"\n")]
     path.write_bytes(first)
     run(finished)
@@ -141,7 +142,7 @@ def test_texts_that_utf8_can_not_hold_are_kept(tmp_path):
     file = AnswerFile(tmp_path / "a.jsonl", {}, resume=True)
     file.start()
     written = file.append(json.loads(json.dumps(LINE).replace("blue", "\\ud800blue")))
-    assert written.texts == ("\ud800blue",) and answers.read(file.path) == [written]
+    assert written.texts == ("\ud800blue",) and answer_files.read(file.path) == [written]
 
 
 CHOICE = {"index": 0, "turns": ["blue"], "token_ids": [[5, 6]], "prompt_tokens": [4], "new_tokens": [2], "wall_time": [0.5],
@@ -227,7 +228,7 @@ def test_no_answer_file_is_a_traceback_or_loses_a_byte_by_being_looked_at(exampl
         def look(content, beside, unfinished):
             path.write_bytes(content)
             sidecar.write_bytes(beside)
-            for reader in (answers.read, answer_runs.read):
+            for reader in (answer_files.read, answer_runs.read):
                 with contextlib.suppress(UserError):
                     reader(path, unfinished=unfinished)
             with contextlib.suppress(UserError):
@@ -254,7 +255,7 @@ def test_what_is_appended_behind_any_beginning_is_read_again(examples):
                 file.start()
                 for number in {1, 2, 3} - file.answered:
                     file.append(LINE | {"question_id": number})
-                assert answers.read(path) == file.found and file.found[:len(before)] == before
+                assert answer_files.read(path) == file.found and file.found[:len(before)] == before
 
         go_on()
 
@@ -294,7 +295,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_behind_the_whole_a
     assert path.stat().st_size == 1000 and not path.read_bytes().endswith(b"\n")
     file = AnswerFile(path, SETTINGS, resume=True)
     assert [answer.question_id for answer in file.found] == [1, 2, 3]
-    assert on_a_full_disk(path, 10**6) == "" and [answer.question_id for answer in answers.read(path)] == list(range(1, 20))
+    assert on_a_full_disk(path, 10**6) == "" and [answer.question_id for answer in answer_files.read(path)] == list(range(1, 20))
 
 
 def test_a_full_disk_at_the_end_keeps_the_answers_and_their_sidecar(tmp_path):

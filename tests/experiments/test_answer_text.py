@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from experiments.answer_text import AnswerText
+from experiments.serving.answer_text import AnswerText
 from specmq_jax.tokenizer import decode
 
 WORDS = ["a", "b", "ab", "aab", "ba a", "é", "\ufffd", "b\ufffd", "<0xC3>", "<0xA9>", "<0x61>", "<s>"]

@@ -11,10 +11,12 @@ from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 from test_commands import ROOT, command
 
-from experiments import benchmark_command, flags, gsm8k, human_eval, runner, spec_bench
-from experiments.benchmark import MT_BENCH, Benchmark
-from experiments.questions import dialogue
-from specmq_jax import metrics
+from experiments.answers import metrics
+from experiments.benchmarks import gsm8k, human_eval, spec_bench
+from experiments.benchmarks.benchmark import MT_BENCH, Benchmark
+from experiments.inputs.questions import dialogue
+from experiments.reporting import benchmark_command
+from experiments.running import flags, runner
 from specmq_jax.errors import UserError
 
 

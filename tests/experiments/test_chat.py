@@ -14,8 +14,8 @@ import pytest
 from byte_tokens import END, answer_text, ids
 from rich.console import Console
 
-from experiments.answer_view import AnswerView
 from experiments.chat import Chat
+from experiments.serving.answer_view import AnswerView
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

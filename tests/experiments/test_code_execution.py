@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from experiments import code_execution, syscall_filter
-from experiments.code_execution import Limits
+from experiments.sandbox import code_execution, syscall_filter
+from experiments.sandbox.code_execution import Limits
 from specmq_jax.errors import UserError
 
 SMALL = Limits(seconds=1, memory=1 << 28)

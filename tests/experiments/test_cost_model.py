@@ -13,16 +13,17 @@ import pytest
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import auto, cost_model, cost_plots, cost_search
-from experiments.acceptance import Count, Seen, SmallModel, agreement, count_rounds, text_ranks, tree_lengths
-from experiments.cost_search import Costs
-from experiments.cost_study import Bounds, Findings, Study
-from experiments.flags import Settings
-from experiments.methods import Choice, Models
-from experiments.methods import load as load_models
-from experiments.observation import Watch
-from experiments.random_models import random_head
-from experiments.step_costs import Curve, Ladder, rounds_ahead
+from experiments import cost_model
+from experiments.cost import auto, cost_plots, cost_search, predict
+from experiments.cost.acceptance import Count, Seen, SmallModel, agreement, count_rounds, text_ranks, tree_lengths
+from experiments.cost.cost_search import Costs
+from experiments.cost.cost_study import Bounds, Findings, Study
+from experiments.cost.observation import Watch
+from experiments.cost.step_costs import Curve, Ladder, rounds_ahead
+from experiments.running.methods import Choice, Models
+from experiments.running.methods import load as load_models
+from experiments.running.settings import Settings
+from experiments.timing.random_models import random_head
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -227,9 +228,9 @@ def test_the_curves_are_drawn_and_the_best_settings_told(findings, tmp_path):
 
 def test_a_setting_is_described_by_the_flags_that_ask_for_it():
     tree = sm.TreeConfig(depth=3, top_k=4, size=12)
-    assert cost_model.describe(Choice(method="baseline")) == "--method=baseline"
-    assert cost_model.describe(Choice(method="spec", draft_length=3)) == "--method=spec --draft_length=3"
-    assert cost_model.describe(Choice(method="hier", tree=tree, min_draft_length=2)) == (
+    assert predict.describe(Choice(method="baseline")) == "--method=baseline"
+    assert predict.describe(Choice(method="spec", draft_length=3)) == "--method=spec --draft_length=3"
+    assert predict.describe(Choice(method="hier", tree=tree, min_draft_length=2)) == (
         "--method=hier --tree_depth=3 --tree_top_k=4 --tree_size=12 --min_draft_length=2")
 
 
@@ -256,7 +257,7 @@ def studied(monkeypatch, tmp_path):
         return Findings(predictions=(best,), verify={}, answers=1, tokens=2)
 
     monkeypatch.setenv("SPECMQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(cost_model, "study", study)
+    monkeypatch.setattr(predict, "study", study)
     return made
 
 
@@ -318,5 +319,5 @@ def test_bounds_that_do_not_go_together_are_one_line(bench):
         Study(bench, bounds(), PROMPTS, 1, print)
     with pytest.raises(UserError, match="drafts of up to 14 nodes are looked at, and verification is timed for 12"):
         bounds(min_draft_length=10).check()
-    cost_model.bounds().check()
-    assert cost_model.bounds(nodes=7, depth=2, draft_tokens=3).ladder.rows[-1] == 7
+    predict.bounds().check()
+    assert predict.bounds(nodes=7, depth=2, draft_tokens=3).ladder.rows[-1] == 7

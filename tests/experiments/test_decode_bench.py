@@ -15,11 +15,12 @@ import pytest
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import decode_bench, random_models, step_times, timed_loops
-from experiments.methods import NAMES
-from specmq_jax import traffic
-from specmq_jax.cache import KVCache
+from experiments import decode_bench
+from experiments.running.methods import NAMES
+from experiments.timing import random_models, step_times, timed_loops
+from specmq_jax.decoding import traffic
 from specmq_jax.errors import UserError
+from specmq_jax.network.cache import KVCache
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,

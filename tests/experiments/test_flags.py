@@ -7,7 +7,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 from checkpoints_tools import demo_model
-from experiments import flags
+from experiments.running import flags
 from specmq_jax.errors import UserError
 
 HEADS = pathlib.Path(__file__).parents[1] / "data" / "eagle"

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from experiments import gsm8k, questions, stop_strings
-from experiments.chain_of_thought import EXAMPLES
-from experiments.records import Record
+from experiments.benchmarks import gsm8k, stop_strings
+from experiments.benchmarks.chain_of_thought import EXAMPLES
+from experiments.inputs import questions
+from experiments.inputs.records import Record
 from specmq_jax.errors import UserError
 
 

@@ -10,9 +10,11 @@ from test_commands import command, fails_with
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from experiments import code_answers, code_execution, human_eval, questions
-from experiments.code_execution import Limits
-from experiments.records import Record
+from experiments.benchmarks import code_answers, human_eval
+from experiments.inputs import questions
+from experiments.inputs.records import Record
+from experiments.sandbox import code_execution
+from experiments.sandbox.code_execution import Limits
 from specmq_jax.errors import UserError
 
 PROMPT = 'from typing import List\n\n\ndef double(values: List[int]) -> List[int]:\n    """ Double each value. """\n'

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from experiments import isolated
-from experiments.isolated import ProcessEnded
+from experiments.sweeping import isolated
+from experiments.sweeping.isolated import ProcessEnded
 from specmq_jax import files
 from specmq_jax.errors import UserError
 

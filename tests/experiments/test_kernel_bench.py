@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from experiments import kernel_bench
+from experiments.answers import metrics
 from experiments.kernel_bench import OPS, Bench
-from pallas_kernels import cases
-from specmq_jax import metrics
+from experiments.kernels import cases
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = Bench(rows=(2,), runs=4)

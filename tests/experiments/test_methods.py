@@ -8,10 +8,10 @@ import jax
 import pytest
 
 import specmq_jax as sm
-from experiments import methods
-from experiments.methods import Models
-from specmq_jax import memory
+from experiments.running import methods
+from experiments.running.methods import Models
 from specmq_jax.errors import UserError
+from specmq_jax.loading import memory
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 NAMES = ("baseline", "spec", "eagle2", "hier")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from specmq_jax import metrics
+from experiments.answers import metrics
+from experiments.timing import device
 
 
 def test_a_questions_speed_is_all_tokens_over_all_seconds():
@@ -30,4 +31,4 @@ def test_identical_share_compares_whole_answers():
 
 
 def test_bandwidth_is_that_of_a_memory():
-    assert 1e8 < metrics.device_bandwidth() < 1e14
+    assert 1e8 < device.device_bandwidth() < 1e14

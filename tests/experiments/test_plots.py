@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import plots
-from experiments.plots import PLAIN, Bar, HeatMap
+from experiments.display import plots
+from experiments.display.plots import PLAIN, Bar, HeatMap
 
 
 @pytest.fixture

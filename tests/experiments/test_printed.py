@@ -16,29 +16,21 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 from test_report import table_cells
 
-from checkpoints_tools import convert
-from experiments import (
-    answer_runs,
-    answer_view,
-    colors,
-    cost_plots,
-    figures,
-    methods,
-    plots,
-    progress,
-    report,
-    runner,
-    speedup,
-    tables,
-)
-from experiments.cells import NO_VALUE, change, milliseconds, number, part, percent, significant, times
-from experiments.cost_search import Costs, chains
-from experiments.cost_study import Findings
-from experiments.methods import Choice
-from experiments.step_costs import Curve, Span, isotonic
-from experiments.time_left import Pace
-from experiments.timed_loops import _timing
-from specmq_jax import metrics
+from checkpoints_tools import arguments
+from experiments import speedup
+from experiments.answers import metrics
+from experiments.cost import cost_plots
+from experiments.cost.cost_search import Costs, chains
+from experiments.cost.cost_study import Findings
+from experiments.cost.step_costs import Curve, Span, isotonic
+from experiments.display import colors, plots, tables
+from experiments.display.cells import NO_VALUE, change, milliseconds, number, part, percent, significant, times
+from experiments.display.time_left import Pace
+from experiments.reporting import answer_runs, figures, report
+from experiments.running import methods, progress, runner
+from experiments.running.methods import Choice
+from experiments.serving import answer_view
+from experiments.timing.timed_loops import _timing
 from specmq_jax.words import count
 
 
@@ -389,4 +381,4 @@ def test_a_chat_counts_tokens_as_a_run_does_and_no_time_but_the_rounds(monkeypat
 
 
 def test_the_bar_of_conversions_shows_the_time_left():
-    assert any(isinstance(column, TimeRemainingColumn) for column in convert.progress_bar().columns)
+    assert any(isinstance(column, TimeRemainingColumn) for column in arguments.progress_bar().columns)

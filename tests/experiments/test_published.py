@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from experiments.published import Published
+from experiments.inputs.published import Published
 from specmq_jax.errors import UserError
 
 CONTENT = b'{"question_id": 1, "category": "c", "turns": ["a"]}\n'

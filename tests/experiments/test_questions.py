@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import questions
+from experiments.inputs import questions
 from specmq_jax.errors import UserError
 
 GOOD = '{"question_id": 1, "category": "math", "turns": ["a", "b"]}'

@@ -9,7 +9,7 @@ from fuzzing import lengths, searching
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import questions, records
+from experiments.inputs import questions, records
 from specmq_jax.errors import UserError
 
 ROWS = [{"question": "How many?", "answer": "#### 2"}, {"question": "Ωhm?", "answer": "#### 3"}]

@@ -8,8 +8,9 @@ import pytest
 from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 
-from experiments import methods, report, runner
-from specmq_jax import metrics
+from experiments.answers import metrics
+from experiments.reporting import report
+from experiments.running import methods, runner
 
 
 def table_cells(printed):

@@ -14,12 +14,14 @@ from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_tools.convert import convert
-from experiments import answers, auto, claims, runner, scoring
-from experiments.contents import Contents
-from experiments.methods import Models
-from specmq_jax import contents, metrics
+from checkpoints_tools.conversion import convert
+from experiments.answers import answer_files, metrics, scoring
+from experiments.cost import auto
+from experiments.running import claims, runner
+from experiments.running.contents import Contents
+from experiments.running.methods import Models
 from specmq_jax.errors import UserError
+from specmq_jax.loading import contents
 
 ROOT = pathlib.Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -272,4 +274,4 @@ def test_replaced_answers_take_their_scores_with_them(tmp_path):
     run(settings)
     assert file.exists()
     run(dataclasses.replace(settings, resume=False))
-    assert not file.exists() and answers.read(settings.answers("baseline"))
+    assert not file.exists() and answer_files.read(settings.answers("baseline"))

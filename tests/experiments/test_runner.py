@@ -9,10 +9,11 @@ from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments import runner
-from experiments.methods import Models
-from specmq_jax import memory, metrics
+from experiments.answers import metrics
+from experiments.running import runner
+from experiments.running.methods import Models
 from specmq_jax.errors import UserError
+from specmq_jax.loading import memory
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,14 @@ from rich.console import Console
 from test_commands import command, fails_with
 from test_report import table_cells
 
-from experiments import benchmark_command, gsm8k, report, runner, scoring
-from experiments.benchmark import Benchmark
-from experiments.questions import dialogue
-from experiments.records import Record
-from experiments.scoring import Scorer, Verdict
-from specmq_jax import metrics
+from experiments.answers import metrics, scoring
+from experiments.answers.scoring import Scorer, Verdict
+from experiments.benchmarks import gsm8k
+from experiments.benchmarks.benchmark import Benchmark
+from experiments.inputs.questions import dialogue
+from experiments.inputs.records import Record
+from experiments.reporting import benchmark_command, report
+from experiments.running import runner
 from specmq_jax.errors import UserError
 from specmq_jax.words import count as counted
 

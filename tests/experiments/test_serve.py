@@ -16,9 +16,10 @@ from byte_tokens import answer_text, ids
 from served import USER, FakeModel, begun, eventually, hang_up, health, running
 
 import specmq_jax as sm
-from experiments import chat_protocol, http_server, serve
-from experiments.chat_protocol import RequestError
-from experiments.request_sampling import RequestKey, RequestSampling
+from experiments import serve
+from experiments.serving import chat_protocol, http_server
+from experiments.serving.chat_protocol import RequestError
+from experiments.serving.request_sampling import RequestKey, RequestSampling
 from specmq_jax.errors import NotFiniteError
 
 ROOT = pathlib.Path(__file__).parents[2]

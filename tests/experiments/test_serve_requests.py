@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from served import USER, FakeModel
 
-from experiments import http_server
-from experiments.model_queue import ModelQueue
+from experiments.serving import http_server
+from experiments.serving.model_queue import ModelQueue
 from specmq_jax.tokenizer import encode_chat, load_tokenizer
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "data" / "checkpoints" / "fp16"

@@ -13,8 +13,9 @@ import time
 import pytest
 from served import USER, FakeModel, begun, eventually, hang_up, health, running
 
-from experiments import chat_protocol, http_server, serve
-from experiments.model_queue import ModelQueue, QueueStoppedError
+from experiments import serve
+from experiments.serving import chat_protocol, http_server
+from experiments.serving.model_queue import ModelQueue, QueueStoppedError
 
 ROOT = pathlib.Path(__file__).parents[2]
 REASON = "the server is stopping"

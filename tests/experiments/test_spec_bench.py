@@ -9,8 +9,11 @@ from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 from test_report import table_cells
 
-from experiments import questions, report, runner, spec_bench
-from specmq_jax import metrics
+from experiments.answers import metrics
+from experiments.benchmarks import spec_bench
+from experiments.inputs import questions
+from experiments.reporting import report
+from experiments.running import runner
 
 TASKS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
 

@@ -11,9 +11,11 @@ import pytest
 from made_up_answers import write
 from rich.console import Console
 
-from experiments import answer_runs, figures, speedup, tables
-from experiments.answers import AnswerFile
-from experiments.benchmarks import BENCHMARKS
+from experiments import speedup
+from experiments.answers.answer_files import AnswerFile
+from experiments.benchmarks.registry import BENCHMARKS
+from experiments.display import tables
+from experiments.reporting import answer_runs, figures
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

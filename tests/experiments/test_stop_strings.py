@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import specmq_jax as sm
-from experiments import stop_strings
+from experiments.benchmarks import stop_strings
 
 NEW = 60
 PROMPT = [5, 17, 3, 44]

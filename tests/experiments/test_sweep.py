@@ -15,12 +15,14 @@ from benches import QUESTIONS, FakeBench, fake_plan
 from rich.console import Console
 
 from checkpoints_tools import demo_model
-from experiments import claims, grid, sweep, sweep_cells, sweep_report
-from experiments.isolated import ProcessEnded
-from experiments.sweep_progress import Tally, display
-from experiments.sweep_worker import Event, LoadedModels
-from specmq_jax import metrics
-from specmq_jax.config import TreeConfig
+from experiments import sweep
+from experiments.answers import metrics
+from experiments.running import claims
+from experiments.sweeping import grid, sweep_cells, sweep_report
+from experiments.sweeping.isolated import ProcessEnded
+from experiments.sweeping.sweep_progress import Tally, display
+from experiments.sweeping.sweep_worker import Event, LoadedModels
+from specmq_jax.decoding.config import TreeConfig
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from comparison import IMPLEMENTATIONS
 
-from pallas_kernels import cases, w4a8, w8a8
+from experiments.kernels import cases
+from pallas_kernels import w4a8, w8a8
 
 ROWS, INNER, OUTPUTS = 5, 300, 48
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cases, launch, problems, timing
-from pallas_kernels.cases import Case
-from pallas_kernels.problems import Problem
-from pallas_kernels.search import Search, best
-from pallas_kernels.tune import Tables, run
+from experiments.kernels import cases, problems, timing
+from experiments.kernels.cases import Case
+from experiments.kernels.problems import Problem
+from experiments.kernels.search import Search, best
+from experiments.tune import Tables, run
+from pallas_kernels import launch
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -202,7 +203,7 @@ def test_a_damaged_table_is_named(package):
     ([], "tables are tuned on a GPU, and JAX sees none here"),
 ])
 def test_a_mistake_ends_in_one_line(arguments, fault):
-    result = subprocess.run([sys.executable, "-m", "pallas_kernels.tune", *arguments], cwd=ROOT, text=True,
+    result = subprocess.run([sys.executable, "-m", "experiments.tune", *arguments], cwd=ROOT, text=True,
                             capture_output=True, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith(f"error: {fault}") and len(result.stderr.splitlines()) == 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import specmq_jax as sm
-from specmq_jax.tree import DraftTree
+from specmq_jax.decoding.tree import DraftTree
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 

@@ -10,12 +10,13 @@ import pytest
 from fakes import DATA
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert
-from specmq_jax import checkpoint
-from specmq_jax.checkpoint import CheckpointWriter
-from specmq_jax.config import read_json
+from checkpoints_tools.conversion import convert
+from specmq_jax import files
 from specmq_jax.errors import UserError
-from specmq_jax.parameters import Formats, parameter_shapes
+from specmq_jax.json_files import read_json
+from specmq_jax.loading import checkpoint
+from specmq_jax.loading.checkpoint import CheckpointWriter
+from specmq_jax.network.parameters import Formats, parameter_shapes
 
 SOURCE = DATA / "checkpoints" / "fp16"
 FORMATS = {"linear": "w4a16-g64", "head": "bf16", "embed": "fp16"}
@@ -183,6 +184,6 @@ def test_reading_is_silent(tmp_path, capfd):
 
 def test_the_cache_directory_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECMQ_CACHE", str(tmp_path))
-    assert checkpoint.cache_directory() == tmp_path
+    assert files.cache_directory() == tmp_path
     monkeypatch.delenv("SPECMQ_CACHE")
-    assert checkpoint.cache_directory().name == "specmq_jax"
+    assert files.cache_directory().name == "specmq_jax"

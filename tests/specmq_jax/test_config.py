@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specmq_jax as sm
-from specmq_jax.config import LlamaConfig, RopeConfig
+from specmq_jax.network.config import LlamaConfig, RopeConfig
 
 PLAIN = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 64,
          "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -8,7 +8,7 @@ from fakes import OracleDrafter, tiny_config
 from scipy import stats
 
 import specmq_jax as sm
-from specmq_jax import decode
+from specmq_jax.decoding import decode
 
 PROMPTS = [np.random.default_rng(i).integers(0, 61, 1 + 3 * i).tolist() for i in range(20)]
 NEW = 40

@@ -5,7 +5,7 @@ import pytest
 from fakes import tiny_config
 
 import specmq_jax as sm
-from specmq_jax.model import check_tokens
+from specmq_jax.loading.model import check_tokens
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_counts_that_are_none(decoder, count):
 
 @pytest.mark.parametrize("seed", [1.5, "1", None, True])
 def test_seeds_that_are_no_integers(tiny, seed):
-    from specmq_jax.sampling import seed_key
+    from specmq_jax.decoding.sampling import seed_key
 
     with pytest.raises(sm.UserError, match="a seed is an integer"):
         seed_key(seed)

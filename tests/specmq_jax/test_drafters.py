@@ -8,8 +8,8 @@ import pytest
 from fakes import DATA, tiny_config
 
 import specmq_jax as sm
-from specmq_jax.head import outline_head
-from specmq_jax.model import outline
+from specmq_jax.loading.head import outline_head
+from specmq_jax.loading.model import outline
 
 EAGLE = DATA / "eagle"
 PROMPT = [5, 9, 31, 3, 40]

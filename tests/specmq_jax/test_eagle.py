@@ -11,9 +11,9 @@ import pytest
 from fakes import DATA
 
 import specmq_jax as sm
-from specmq_jax.cache import KVCache
-from specmq_jax.drafters.eagle import EagleState
-from specmq_jax.tree import Accepted, DraftTree
+from specmq_jax.decoding.drafters.eagle import EagleState
+from specmq_jax.decoding.tree import Accepted, DraftTree
+from specmq_jax.network.cache import KVCache
 
 GOLDEN = np.load(DATA / "eagle" / "trees.npz")
 TREES = {"R6k10S60": sm.TreeConfig(depth=6, top_k=10, size=60), "R3k10S24": sm.TreeConfig(depth=3, top_k=10, size=24)}

@@ -164,6 +164,6 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 
 def test_the_library_leaves_signals_to_whoever_imports_it():
-    code = ("import signal, experiments.flags, checkpoints_tools.convert, pallas_kernels.tune\n"
+    code = ("import signal, experiments.running.flags, checkpoints_tools.convert, experiments.tune\n"
             "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, int(signal.getsignal(signal.SIGTERM)))")
     assert run("-c", code).stdout.split() == ["True", "0"]

@@ -10,8 +10,8 @@ from fakes import DATA
 from safetensors.numpy import load_file, save_file
 
 import specmq_jax as sm
-from checkpoints_tools import convert
-from specmq_jax.head import head_version
+from checkpoints_tools import conversion
+from specmq_jax.loading.head import head_version
 
 FP16 = DATA / "checkpoints" / "fp16"
 HEADS = {version: DATA / "eagle" / f"eagle{version}_head" for version in (2, 3)}
@@ -148,7 +148,7 @@ def rotated(tmp_path_factory):
                 (directory / kind / file.name).write_bytes(file.read_bytes())
         save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()},
                   directory / kind / "model.safetensors")
-        models.append(sm.load(convert.convert(directory / kind, directory / f"native-{kind}")))
+        models.append(sm.load(conversion.convert(directory / kind, directory / f"native-{kind}")))
     back = {"rms_norm_rotation.weight": gamma[:, None] * rotation, "lm_head.weight": plain["lm_head.weight"],
             "embed_tokens.weight": plain["model.embed_tokens.weight"]}
     return *models, back

@@ -14,8 +14,8 @@ from safetensors.numpy import save
 from written_heads import BASES, HEADS, settings_of, tensors_of
 
 import specmq_jax as sm
-from specmq_jax.head import head_version, outline_head
-from specmq_jax.model import outline
+from specmq_jax.loading.head import head_version, outline_head
+from specmq_jax.loading.model import outline
 
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 OWN_ENTRIES = ("bias", "draft_vocab_size", "target_hidden_size", "hidden_size", "vocab_size", "norm_before_residual",

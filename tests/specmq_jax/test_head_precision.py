@@ -11,9 +11,10 @@ from fakes import DATA
 from safetensors.numpy import load_file, save_file
 
 import specmq_jax as sm
-from checkpoints_tools.convert import convert
-from specmq_jax import checkpoint, formats
-from specmq_jax.drafters.vocabulary import cut_vocabulary
+from checkpoints_tools.conversion import convert
+from specmq_jax import formats
+from specmq_jax.decoding.drafters.vocabulary import cut_vocabulary
+from specmq_jax.loading import checkpoint
 
 BASE, HEAD = DATA / "checkpoints" / "fp16", DATA / "eagle" / "eagle2_head"
 MOST_ERROR = {"w8a16": 0.01, "w8a8": 0.03, "w4a16-g64": 0.15, "w4a8-qoq": 0.25}

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from written_heads import BASES, HEADS, settings_of, tensors_of, write_head
 
 import specmq_jax as sm
-from specmq_jax.head import head_version, outline_head
-from specmq_jax.model import outline
+from specmq_jax.loading.head import head_version, outline_head
+from specmq_jax.loading.model import outline
 
 NORM = np.ones(256, np.float16)
 

@@ -136,7 +136,7 @@ def test_a_model_gives_the_same_logits_packed_and_expanded(name, tmp_path):
     from fakes import DATA
 
     import specmq_jax as sm
-    from checkpoints_tools.convert import convert
+    from checkpoints_tools.conversion import convert
 
     directory = convert(DATA / "checkpoints" / "fp16", tmp_path / name, name)
     ids = [1, 5, 9, 33, 60]

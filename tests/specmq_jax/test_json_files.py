@@ -7,9 +7,8 @@ from fuzzing import lengths, searching
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specmq_jax.config import read_json
 from specmq_jax.errors import UserError
-from specmq_jax.json_files import parse_json
+from specmq_jax.json_files import parse_json, read_json
 
 
 @pytest.mark.parametrize(("content", "part"), [

@@ -15,12 +15,13 @@ import pytest
 from fakes import DATA, tiny_config
 
 import specmq_jax as sm
-from checkpoints_tools import convert
-from specmq_jax import checkpoint, model, planning
-from specmq_jax.drafters.vocabulary import cut_vocabulary
-from specmq_jax.head import outline_head
-from specmq_jax.memory import Plan, tree_bytes
-from specmq_jax.parameters import Formats
+from checkpoints_tools import conversion
+from specmq_jax.decoding import planning
+from specmq_jax.decoding.drafters.vocabulary import cut_vocabulary
+from specmq_jax.loading import checkpoint, model
+from specmq_jax.loading.head import outline_head
+from specmq_jax.loading.memory import Plan, tree_bytes
+from specmq_jax.network.parameters import Formats
 
 FP16 = DATA / "checkpoints" / "fp16"
 EAGLE = DATA / "eagle"
@@ -222,7 +223,7 @@ def test_too_little_memory_for_a_model_is_found_before_a_tensor_is_read(monkeypa
 
 
 def test_stored_weights_do_not_wait_for_one_another_while_a_model_is_requantised(tmp_path, monkeypatch):
-    source = checkpoint.CheckpointReader(convert.prepare(FP16))
+    source = checkpoint.CheckpointReader(conversion.prepare(FP16))
     settings = json.loads((source.directory / "config.json").read_text())
     with checkpoint.CheckpointWriter(tmp_path / "made", config=settings, formats=source.formats, source={},
                                      shard_bytes=1) as writer:

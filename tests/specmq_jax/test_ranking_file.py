@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints_tools.rank_vocabulary import texts
-from specmq_jax.drafters.vocabulary import FORMAT, read_ranking
+from specmq_jax.decoding.drafters.vocabulary import FORMAT, read_ranking
 from specmq_jax.errors import UserError
 
 PLAIN = {"format": FORMAT, "vocab_size": 5, "token_ids": [3, 0, 4]}

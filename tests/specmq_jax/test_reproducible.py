@@ -10,7 +10,7 @@ from fakes import DATA, OracleDrafter, expanded, tiny_config
 
 import specmq_jax as sm
 from pallas_kernels.norm import api as norm_kernels
-from specmq_jax.tree import DraftTree
+from specmq_jax.decoding.tree import DraftTree
 
 TREE = sm.TreeConfig(depth=2, top_k=3, size=6)
 CONFIG = sm.DecodeConfig(max_len=256, prefill_chunks=(16, 64), reproducible=True)

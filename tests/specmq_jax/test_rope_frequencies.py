@@ -11,7 +11,7 @@ import pytest
 from fakes import DATA
 from test_config import PLAIN
 
-from specmq_jax.config import LlamaConfig
+from specmq_jax.network.config import LlamaConfig
 
 CASES = json.loads((DATA / "rope_frequencies.json").read_text())
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.request_sampling import RequestKey, RequestSampling
+from experiments.serving.request_sampling import RequestKey, RequestSampling
 from specmq_jax import Greedy, Sampling, UserError
-from specmq_jax.sampling import seed_key
+from specmq_jax.decoding.sampling import seed_key
 
 
 def test_top_k_and_top_p_keep_what_their_definition_keeps():

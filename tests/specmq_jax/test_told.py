@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specmq_jax as sm
-from specmq_jax import metrics
-from specmq_jax.memory import Room
-from specmq_jax.model import Outline, outline
-from specmq_jax.phases import seconds_each
+from experiments.timing import device
+from specmq_jax.decoding.phases import seconds_each
+from specmq_jax.loading.memory import Room
+from specmq_jax.loading.model import Outline, outline
 
 
 def test_a_model_and_a_decoder_are_one_short_line(tiny, tiny_draft):
@@ -81,11 +81,11 @@ def test_no_phase_takes_less_than_nothing(examples):
 
 
 def test_the_copy_speed_is_measured_anew_each_time():
-    first, second = metrics.device_bandwidth(), metrics.device_bandwidth()
+    first, second = device.device_bandwidth(), device.device_bandwidth()
     assert first > 0 and second > 0 and first != second
 
 
 def test_a_device_without_room_for_a_copy_has_no_copy_speed(monkeypatch):
-    monkeypatch.setattr(metrics, "room", lambda: Room(free=2**20, limit=2**30))
-    assert metrics.device_bandwidth() is None
+    monkeypatch.setattr(device, "room", lambda: Room(free=2**20, limit=2**30))
+    assert device.device_bandwidth() is None
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specmq_jax.tree import DraftTree
+from specmq_jax.decoding.tree import DraftTree
 
 
 def random_tree(rng: np.random.Generator, size: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:

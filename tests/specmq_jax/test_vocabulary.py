@@ -10,7 +10,7 @@ from fakes import DATA
 from test_eagle import prompts
 
 import specmq_jax as sm
-from specmq_jax.drafters import vocabulary
+from specmq_jax.decoding.drafters import vocabulary
 
 BASE, HEAD = DATA / "checkpoints" / "fp16", DATA / "eagle" / "eagle2_head"
 TREE = sm.TreeConfig(depth=3, top_k=4, size=12)

@@ -1,0 +1,1 @@
+"""The files that hold tensors, whatever these mean."""

@@ -1,0 +1,1 @@
+"""Checkpoints whose linear weights are quantised, by toolkit."""

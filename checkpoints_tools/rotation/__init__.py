@@ -1,0 +1,1 @@
+"""Rotations of a model's hidden states."""

@@ -1,0 +1,1 @@
+"""Answer files, their scores, and what is reckoned from them."""

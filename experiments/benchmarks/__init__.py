@@ -1,0 +1,1 @@
+"""What tells one benchmark from another."""

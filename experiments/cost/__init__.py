@@ -1,0 +1,1 @@
+"""The cost model: what a setting costs and what it brings."""

@@ -1,0 +1,168 @@
+"""The cost model: the time a token takes for every depth and size of drafts, T_avg = (d T_d + T_v(n)) / tau(n, d).
+
+The speed model of arXiv 2505.22179, with what a round takes beside the two added to its time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+import specmq_jax as sm
+from experiments.cost.acceptance import Count, SmallModel, count_rounds, tree_lengths
+from experiments.cost.step_costs import Curve
+from experiments.running.methods import Choice
+
+Ranks = Int32[np.ndarray, "R D D"]
+"""Of an answer's places, as `acceptance.text_ranks` has them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the model says of one setting.
+
+    Attributes:
+      choice: the setting.
+      accept_length: tau, tokens a round.
+      seconds: of a round.
+      speedup: over plain decoding.
+      spread: seconds of a round of the fastest and of the slowest runs of its parts; None where they are not known.
+      inner_accept_length: tokens that a round of a hierarchy's small model drafts; None for other methods.
+    """
+
+    choice: Choice
+    accept_length: float
+    seconds: float
+    speedup: float
+    spread: tuple[float, float] | None = None
+    inner_accept_length: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Behind an answer's first token, which comes with the prefill."""
+        return self.accept_length / self.seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of what a method's round consists of.
+
+    Attributes:
+      plain: a round of plain decoding.
+      verify: T_v by rows.
+      draft: a proposal, by its depth; of a hierarchy, that of its small model's head.
+      rest: what else a round takes.
+      small_verify, small_rest: the small model's T_v and the rest of its rounds; None for methods without a hierarchy.
+      plain_spread: of a round of plain decoding, the fastest and the slowest run; None where they are not known.
+    """
+
+    plain: float
+    verify: Curve
+    draft: Curve
+    rest: float = 0.0
+    small_verify: Curve | None = None
+    small_rest: float = 0.0
+    plain_spread: tuple[float, float] | None = None
+
+    @property
+    def extremes(self) -> tuple["Costs", "Costs"]:
+        """Of the fastest runs, and of the slowest."""
+        verify, draft, small = self.verify, self.draft, self.small_verify
+        return (dataclasses.replace(self, verify=verify.fastest, draft=draft.fastest, small_verify=small and small.fastest),
+                dataclasses.replace(self, verify=verify.slowest, draft=draft.slowest, small_verify=small and small.slowest))
+
+    def tree_round(self, depth: int, size: int) -> float:
+        """A round with an EAGLE tree, or with a chain of depth + 1 nodes."""
+        return self.draft(depth) + self.verify(size) + self.rest
+
+    def inner_round(self, depth: int, size: int) -> float:
+        """A round of the small model."""
+        return self.draft(depth) + self.small_verify(size) + self.small_rest
+
+    def hierarchical_round(self, depth: int, size: int, min_draft_length: int, inner_rounds: float, ahead: float) -> float:
+        """A round whose draft takes `inner_rounds`; `ahead` is the share of rounds behind which the small model goes a token
+        ahead."""
+        return (inner_rounds * self.inner_round(depth, size) + ahead * self.small_verify(2)
+                + self.verify(min_draft_length + depth + 1) + self.rest)
+
+
+def plain(costs: Costs) -> Prediction:
+    """Plain decoding."""
+    return Prediction(choice=Choice(method="baseline"), accept_length=1.0, seconds=costs.plain, speedup=1.0,
+                      spread=costs.plain_spread)
+
+
+def chains(costs: Costs, agreements: Sequence[Int32[np.ndarray, "R"]], lengths: Sequence[int]) -> Iterator[Prediction]:
+    """Of chains of the lengths given, from each answer's `acceptance.agreement`."""
+    extremes = costs.extremes
+    for length in lengths:
+        count = _count(agreements, lambda runs, length=length: np.minimum(runs, length) + 1)
+        spread = tuple(side.tree_round(length, length + 1) for side in extremes)
+        seconds = costs.tree_round(length, length + 1)
+        yield _prediction(Choice(method="spec", draft_length=length), count, seconds, costs, spread)
+
+
+def trees(method: str, costs: Costs, answers: Sequence[Ranks], top_k: int, sizes: Sequence[int], depths: Sequence[int]
+          ) -> Iterator[Prediction]:
+    """Of EAGLE trees of every depth and size that has candidates enough."""
+    extremes = costs.extremes
+    for tree in _shapes(top_k, sizes, depths):
+        count = _count(answers, lambda ranks, tree=tree: tree_lengths(ranks, tree.depth, tree.size))
+        spread = tuple(side.tree_round(tree.depth, tree.size) for side in extremes)
+        yield _prediction(Choice(method=method, tree=tree), count, costs.tree_round(tree.depth, tree.size), costs, spread)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SmallRanks:
+    """What a small model and its head do at the places of an answer.
+
+    Attributes:
+      agreement: i32[R], as in `acceptance.SmallModel`.
+      ranks: of the head's candidates at each place, against the small model's own tokens.
+      strayed: ranks along the small model's own text, by the place where it disagrees.
+    """
+
+    agreement: Int32[np.ndarray, "R"]
+    ranks: Ranks
+    strayed: Mapping[int, Ranks]
+
+    def shaped(self, tree: sm.TreeConfig) -> SmallModel:
+        """With trees of one shape."""
+        return SmallModel(agreement=self.agreement, lengths=tree_lengths(self.ranks, tree.depth, tree.size),
+                          strayed={place: tree_lengths(ranks, tree.depth, tree.size) for place, ranks in self.strayed.items()})
+
+
+def hierarchies(costs: Costs, answers: Sequence[SmallRanks], top_k: int, sizes: Sequence[int], depths: Sequence[int],
+                min_draft_lengths: Sequence[int], *, always_ahead: bool = False) -> Iterator[Prediction]:
+    """Of the hierarchy with inner trees of every depth and size and every least draft."""
+    extremes = costs.extremes
+    for tree in _shapes(top_k, sizes, depths):
+        shaped = [answer.shaped(tree) for answer in answers]
+        for length in min_draft_lengths:
+            count = sum((answer.count(length, always_ahead=always_ahead) for answer in shaped), Count())
+            if count.rounds:
+                inner, ahead = count.inner_rounds / count.rounds, count.ahead / count.rounds
+                seconds, *spread = (side.hierarchical_round(tree.depth, tree.size, length, inner, ahead)
+                                    for side in (costs, *extremes))
+                made = _prediction(Choice(method="hier", tree=tree, min_draft_length=length), count, seconds, costs,
+                                   tuple(spread))
+                yield dataclasses.replace(made, inner_accept_length=count.drafted / max(count.inner_rounds, 1))
+
+
+def _shapes(top_k: int, sizes: Sequence[int], depths: Sequence[int]) -> Iterator[sm.TreeConfig]:
+    for depth in depths:
+        most = sm.TreeConfig(depth=depth, top_k=top_k, size=2).candidates + 1
+        for size in sizes:
+            if 2 <= size <= most:
+                yield sm.TreeConfig(depth=depth, top_k=top_k, size=size)
+
+
+def _count(answers: Sequence[np.ndarray], lengths: Callable[[np.ndarray], Int32[np.ndarray, "R"]]) -> Count:
+    return sum((Count(tokens=len(answer), rounds=count_rounds(lengths(answer))) for answer in answers), Count())
+
+
+def _prediction(choice: Choice, count: Count, seconds: float, costs: Costs, spread: tuple[float, ...]) -> Prediction:
+    fastest, slowest = spread
+    return Prediction(choice=choice, accept_length=count.accept_length, seconds=seconds, spread=(fastest, slowest),
+                      speedup=costs.plain * count.accept_length / seconds)

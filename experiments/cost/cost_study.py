@@ -1,0 +1,239 @@
+"""Measures what the cost model needs of a target and of what drafts for it, and predicts every setting."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+import specmq_jax as sm
+from experiments.cost import cost_search
+from experiments.cost.acceptance import agreement, text_ranks
+from experiments.cost.cost_search import Costs, Prediction, SmallRanks
+from experiments.cost.observation import Forced, Watch, Watched, greedy_choices
+from experiments.cost.step_costs import BUSY, Curve, Ladder, Say, Stopwatch, Whole, eagle_drafters
+from experiments.running.methods import Choice, Workbench
+from specmq_jax.errors import UserError
+from specmq_jax.words import count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Which settings are looked at, and where times are measured.
+
+    Attributes:
+      ladder: of the measurements; its last rungs bound tree sizes, depths and the lengths of chains.
+      min_draft_length: the hierarchy's, at most.
+    """
+
+    ladder: Ladder
+    min_draft_length: int
+
+    @property
+    def sizes(self) -> range:
+        return range(2, self.ladder.rows[-1] + 1)
+
+    @property
+    def depths(self) -> range:
+        return range(1, self.ladder.depths[-1] + 1)
+
+    @property
+    def lengths(self) -> range:
+        return range(1, self.ladder.lengths[-1] + 1)
+
+    def check(self) -> None:
+        """A chain with more nodes than T_v(n) is measured for is a `UserError`."""
+        longest = max(self.ladder.lengths[-1], self.min_draft_length + self.ladder.depths[-1]) + 1
+        if longest > self.ladder.rows[-1]:
+            raise UserError(f"drafts of up to {longest} nodes are looked at, and verification is timed for "
+                            f"{self.ladder.rows[-1]} at most; raise --most_nodes, or lower --most_depth or --most_draft_tokens")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Findings:
+    """What a study found.
+
+    Attributes:
+      predictions: of every setting, plain decoding first.
+      verify: T_v(n) by precision.
+      answers, tokens: how many answers, and tokens of them, acceptance was seen on.
+    """
+
+    predictions: tuple[Prediction, ...]
+    verify: Mapping[str, Curve]
+    answers: int
+    tokens: int
+
+    def best(self, method: str | None = None) -> Prediction:
+        """The fastest setting, of one method or of all."""
+        return max((p for p in self.predictions if method in (None, p.choice.method)), key=lambda p: p.speedup)
+
+    def tokens_per_second(self, prediction: Prediction) -> float:
+        """As `experiments.answers.metrics.speed` counts: with each answer's first token, in answers as long as those seen."""
+        behind = self.tokens - self.answers
+        return prediction.tokens_per_second * (self.tokens / behind if behind else 1.0)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Of the predictions."""
+        return tuple(dict.fromkeys(prediction.choice.method for prediction in self.predictions))
+
+
+class Study:
+    """One target, its drafters, and prompts whose answers acceptance is seen on."""
+
+    def __init__(self, bench: Workbench, bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, say: Say
+                 ) -> None:
+        """`say` is told what goes on.
+
+        Raises:
+          UserError: answers of a single token, or a prompt that leaves no room for an answer in the cache.
+        """
+        bounds.check()
+        if max_new_tokens < 2:
+            raise UserError(f"acceptance is seen behind an answer's first token; found --max_new_tokens={max_new_tokens}, give "
+                            "at least 2")
+        longest = max(map(len, prompts))
+        if longest + max_new_tokens > bench.max_length:
+            raise UserError(f"the cost model answers prompts of up to {count(longest, 'token')} with {max_new_tokens}, and the "
+                            f"cache holds {bench.max_length}; raise --max_length or lower --max_new_tokens")
+        self._bench, self._bounds, self._prompts, self._say = bench, bounds, prompts, say
+        self._places = max_new_tokens - 1
+        self._answers: list[Watched] = []
+        self._timing = dataclasses.replace(bench.config, stop_tokens=())
+
+    def run(self, methods: Sequence[str], precisions: Sequence[str] = ()) -> Findings:
+        """Predicts the methods' settings; T_v(n) is measured for more precisions of the target, too.
+
+        Raises:
+          UserError: what a method drafts with can't be loaded, or an unknown precision.
+        """
+        drafters = {method: self._bench.drafter(method, self._reference(method)) for method in methods if method != "baseline"}
+        eagle = {method: drafter for method, drafter in drafters.items() if isinstance(drafter, sm.EagleDrafter)}
+        ranks = {method: self._eagle_ranks(method, drafter) for method, drafter in eagle.items()}
+        if not self._answers:
+            self._answers = self._watched(self._bench.target, None)
+        watch = self._stopwatch(self._bench.target)
+        verify = {self._bench.precision: watch.verify(self._bench.precision, self._bounds.ladder.depths[-1])}
+        plain = watch.rounds("baseline", None).span
+        costs = Costs(plain=plain.median, plain_spread=(plain.fastest, plain.slowest), verify=verify[self._bench.precision],
+                      draft=Curve(at=(0,), seconds=(0.0,)))
+        found = [cost_search.plain(costs)]
+        for method, drafter in eagle.items():
+            found += cost_search.trees(method, self._eagle_costs(method, drafter, watch, costs), ranks[method],
+                                       drafter.tree.top_k, self._bounds.sizes, self._bounds.depths)
+        if "spec" in drafters:
+            found += self._chains(drafters["spec"], watch, costs)
+        if "hier" in drafters:
+            more, small = self._hierarchies(drafters["hier"], watch, costs)
+            found += more
+            verify.setdefault(f"small model, {self._bench.small_model.precision}", small)
+        for precision in precisions:
+            if precision not in verify:
+                model = self._bench.target.with_precision(precision)
+                verify[precision] = self._stopwatch(model).verify(precision, self._bounds.ladder.depths[-1])
+        return Findings(predictions=tuple(found), verify=verify, answers=len(self._answers),
+                        tokens=sum(len(answer.tokens) for answer in self._answers))
+
+    def _stopwatch(self, model: sm.Model) -> Stopwatch:
+        """Behind as many tokens as the answers have in the middle."""
+        live = round(np.mean([len(answer.prompt) + len(answer.tokens) / 2 for answer in self._answers]))
+        text = [token for answer in self._answers for token in (*answer.prompt, *answer.tokens.tolist())]
+        return Stopwatch(model, self._timing, (text * math.ceil(live / len(text)))[:live], self._bounds.ladder, self._say)
+
+    def _watched(self, model: sm.Model, head: sm.EagleDrafter | None) -> list[Watched]:
+        watch = Watch(model, self._bench.config, head, self._places)
+        return [watch.answer(prompt) for prompt in self._prompts]
+
+    def _reference(self, method: str) -> Choice:
+        """The setting whose whole rounds are timed: that of the models, within the bounds."""
+        models, ladder = self._bench.models, self._bounds.ladder
+        tree = dataclasses.replace(models.tree, depth=min(models.tree.depth, ladder.depths[-1]), size=2)
+        return Choice(
+            method=method, tree=dataclasses.replace(tree, size=min(models.tree.size, ladder.rows[-1], tree.candidates + 1)),
+            draft_length=min(models.draft_length, ladder.lengths[-1]),
+            min_draft_length=min(models.min_draft_length, self._bounds.min_draft_length))
+
+    def _deepest(self, drafter: sm.EagleDrafter) -> sm.EagleDrafter:
+        """What is watched; the size of its trees doesn't matter."""
+        tree = dataclasses.replace(drafter.tree, depth=self._bounds.ladder.depths[-1], size=2)
+        return dataclasses.replace(drafter, tree=tree)
+
+    def _eagle_ranks(self, method: str, drafter: sm.EagleDrafter) -> list[cost_search.Ranks]:
+        self._say(f"{method}: watching its head along {count(len(self._prompts), 'answer')}")
+        answers = self._watched(self._bench.target, self._deepest(drafter))
+        self._answers = self._answers or answers
+        return [text_ranks(answer.seen, answer.tokens) for answer in answers if len(answer.tokens) > 1]
+
+    def _eagle_costs(self, method: str, drafter: sm.EagleDrafter, watch: Stopwatch, costs: Costs) -> Costs:
+        costs = dataclasses.replace(costs, draft=self._draft_curve(method, watch, drafter))
+        parts = costs.tree_round(drafter.tree.depth, drafter.tree.size)
+        return dataclasses.replace(costs, rest=self._rest(method, watch.rounds(method, drafter), parts))
+
+    def _draft_curve(self, name: str, watch: Stopwatch, drafter: sm.EagleDrafter) -> Curve:
+        return watch.draft(name, eagle_drafters(drafter.head, drafter.tree.top_k, self._bounds.ladder.depths,
+                                                drafter.tree.size))
+
+    def _chains(self, drafter: sm.ChainDrafter, watch: Stopwatch, costs: Costs) -> list[Prediction]:
+        drafters = {rung: dataclasses.replace(drafter, length=rung) for rung in self._bounds.ladder.lengths}
+        costs = dataclasses.replace(costs, draft=watch.draft("spec", drafters))
+        parts = costs.tree_round(drafter.length, drafter.length + 1)
+        costs = dataclasses.replace(costs, rest=self._rest("spec", watch.rounds("spec", drafter), parts))
+        agreements = [self._agreement(drafter.model, answer) for answer in self._answers]
+        return list(cost_search.chains(costs, agreements, self._bounds.lengths))
+
+    def _rest(self, name: str, whole: Whole, parts: float) -> float:
+        """What a round takes beside its parts."""
+        if parts > (1 + BUSY) * whole.seconds:
+            self._say(f"{name}: drafting and verification took {1e3 * parts:.2f} ms apart and {1e3 * whole.seconds:.2f} ms in "
+                      "a round; something else keeps the device busy, and the predictions will be off")
+        return max(0.0, whole.seconds - parts)
+
+    @staticmethod
+    def _agreement(small_model: sm.Model, answer: Watched) -> np.ndarray:
+        return agreement(greedy_choices(small_model, answer.prompt, answer.tokens), answer.tokens)
+
+    def _hierarchies(self, drafter: sm.HierarchicalDrafter, watch: Stopwatch, costs: Costs) -> tuple[list[Prediction], Curve]:
+        """The predictions, and T_v(n) of the small model."""
+        inner = drafter.inner
+        seen = self._small_ranks(drafter)
+        small = self._stopwatch(drafter.model)
+        costs = dataclasses.replace(costs, small_verify=small.verify("the small model", self._bounds.ladder.depths[-1]),
+                                    draft=self._draft_curve("the small model's head", small, inner))
+        alone = small.rounds("the small model", inner)
+        costs = dataclasses.replace(costs, small_rest=self._rest(
+            "the small model", alone, costs.inner_round(inner.tree.depth, inner.tree.size)))
+        whole = watch.hierarchical_rounds("hier", drafter)
+        parts = costs.hierarchical_round(inner.tree.depth, inner.tree.size, drafter.min_draft_length, whole.inner_rounds,
+                                         whole.ahead)
+        costs = dataclasses.replace(costs, rest=self._rest("hier", whole, parts))
+        sizes = [rows for rows in self._bounds.ladder.rows if rows > 1]
+        lengths = range(1, self._bounds.min_draft_length + 1)
+        return list(cost_search.hierarchies(costs, seen, inner.tree.top_k, sizes, self._bounds.depths, lengths,
+                                            always_ahead=drafter.draft_model_start)), costs.small_verify
+
+    def _small_ranks(self, drafter: sm.HierarchicalDrafter) -> list[SmallRanks]:
+        """The small model's head along the target's answers, and along the small model's own text wherever that leaves them."""
+        self._say(f"hier: watching the small model's head along {count(len(self._answers), 'answer')}")
+        model, inner = drafter.model, self._deepest(drafter.inner)
+        along = Watch(model, dataclasses.replace(self._timing, sampling=Forced()), inner, self._places)
+        ahead = self._bounds.min_draft_length + self._bounds.ladder.depths[-1]
+        own = Watch(model, dataclasses.replace(self._timing, sampling=sm.Greedy()), inner, ahead)
+        found = []
+        for answer in self._answers:
+            places = len(answer.tokens) - 1
+            if places < 1:
+                continue
+            agreed = self._agreement(model, answer)
+            strayed = {place: own.answer([*answer.prompt, *answer.tokens[:place + 1].tolist()])
+                       for place in range(places) if not agreed[place]
+                       and len(answer.prompt) + place + ahead + 2 < self._timing.max_len}
+            seen = along.text(answer.prompt, answer.tokens).seen
+            ranks = []
+            for place in range(places):
+                end = place + int(agreed[place])
+                elsewhere = strayed[end].tokens if end in strayed else ()
+                ranks.append(seen.ranks(place, [*answer.tokens[place + 1:end + 1], *elsewhere]))
+            found.append(SmallRanks(agreement=agreed, ranks=np.stack(ranks),
+                                    strayed={place: text_ranks(text.seen, text.tokens) for place, text in strayed.items()}))
+        return found

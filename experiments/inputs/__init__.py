@@ -1,0 +1,1 @@
+"""Questions, and the files they are published in."""

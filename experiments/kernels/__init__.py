@@ -1,0 +1,1 @@
+"""Which problems the kernels are timed and tuned on, and the search."""

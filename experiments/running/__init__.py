@@ -1,0 +1,1 @@
+"""Flags to settings, settings to models, models to answers."""

@@ -1,0 +1,1 @@
+"""Times of a round's parts at any size."""

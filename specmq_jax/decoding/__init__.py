@@ -1,0 +1,1 @@
+"""Draft, verify, accept: rounds, drafters, and what they cost."""

@@ -1,0 +1,1 @@
+"""From a directory to a model or a head on the device."""

@@ -1,0 +1,1 @@
+"""What is computed: configuration, parameters, layers, cache, the decoder and the heads."""

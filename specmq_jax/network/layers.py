@@ -1,0 +1,211 @@
+"""The parts of a decoder layer, as Flax modules that never mention a precision.
+
+Linear layers return partial sums [S, M, N]; the kernel that reads them adds them up in f32, so a split product costs no
+launch of its own.
+"""
+
+import functools
+from typing import Self
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.attention import api as attention_kernels
+from pallas_kernels.mlp import api as mlp_kernels
+from pallas_kernels.norm import RowScale
+from pallas_kernels.norm import api as norm_kernels
+from pallas_kernels.rope import api as rope_kernels
+from specmq_jax.formats import DenseFormat, WeightFormat
+from specmq_jax.network.cache import KVCache
+from specmq_jax.network.config import LlamaConfig
+
+MOST_DECODE_ROWS = 64
+"""Up to this many causal rows take the decode kernel, which splits the cache among programs; more fill a GPU as they are."""
+
+
+@flax.struct.dataclass
+class Rows:
+    """What every layer needs to know of the rows it processes.
+
+    Attributes:
+      cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
+      start: i32 scalar; row i is written to cache row start + i.
+      committed: i32 scalar, cache rows that every row sees.
+      mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
+      tail: static, how many rows behind the committed ones the mask speaks of.
+      depth, paths: i32[M] and i32[M, M], what `ordered_attention` reads instead of the mask; None for other rows.
+    """
+
+    cos: Float[Array, "M D2"]
+    sin: Float[Array, "M D2"]
+    start: Int32[Array, ""]
+    committed: Int32[Array, ""]
+    mask_words: Int32[Array, "M W"] | None = None
+    tail: int = flax.struct.field(pytree_node=False, default=0)
+    depth: Int32[Array, "M"] | None = None
+    paths: Int32[Array, "M M"] | None = None
+
+    @classmethod
+    def behind(cls, config: LlamaConfig, cache: KVCache, offsets: Int32[Array, "M"], mask: Bool[Array, "M C"] | None,
+               *, skip: int = 0, reproducible: bool = False) -> Self:
+        """Rows that stand behind the cache's committed ones.
+
+        Args:
+          config: for the rotary table.
+          cache: its length is the first free row.
+          offsets: of each row's position from that length.
+          mask: which of the rows behind the committed ones each row sees; None for causal rows.
+          skip: rows behind the committed ones that hold earlier levels of a tree and stay.
+          reproducible: the rows are a whole tree, to be attended to in bits that each row's own path alone decides.
+        """
+        frequencies, scale = config.rope.frequencies(config.head_dim, cache.limit)
+        angles = (cache.length + offsets).astype(jnp.float32)[:, None] * frequencies
+        if mask is None and len(offsets) <= MOST_DECODE_ROWS:
+            mask = jnp.tri(len(offsets), dtype=bool)
+        rows = cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=cache.length + skip,
+                   committed=cache.length)
+        if mask is None:
+            return rows
+        if reproducible:
+            return rows.replace(depth=offsets, paths=attention_kernels.tree_paths(mask, offsets))
+        return rows.replace(mask_words=attention_kernels.pack_mask(mask), tail=mask.shape[1])
+
+
+class Linear(nn.Module):
+    """x @ w, without bias; `peaks`, `halves` and `reproducible` as in `WeightFormat.matmul`."""
+
+    features: int
+    format: WeightFormat
+    reproducible: bool = False
+    halves: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M K"], peaks: Float[Array, "M C"] | None = None) -> Float[Array, "S M N"]:
+        # Flax would trace `init`, quantiser and all, at every use to compare shapes; the formats check those themselves.
+        present = self.has_variable("params", "w")
+        weight = (self.get_variable("params", "w") if present else
+                  self.param("w", self.format.init, (x.shape[-1], self.features)))
+        return self.format.matmul(x, weight, peaks=peaks, halves=self.halves, reproducible=self.reproducible)
+
+
+@flax.struct.dataclass
+class Normed:
+    """Normalised rows, or rows that are still owed a factor each, which the readers of a product with them apply.
+
+    Attributes:
+      values: float[M, D].
+      row_scale: the factor, None where it is applied.
+      peaks: f32[M, C], the largest magnitudes in C parts of each row of `values`, None where they are not known.
+    """
+
+    values: Float[Array, "M D"]
+    row_scale: RowScale | None = None
+    peaks: Float[Array, "M C"] | None = None
+
+
+class AddNorm(nn.Module):
+    """Adds a sub-block's output to the residual stream (f32) and normalises it (true RMSNorm).
+
+    `format` is of the weights that multiply what comes out.
+    """
+
+    eps: float
+    format: WeightFormat
+    reproducible: bool = False
+
+    @nn.compact
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, *, deferred: bool = False
+                 ) -> tuple[Float[Array, "M D"], Normed]:
+        """The sum and its normalised form, whose factor is left to the reader where `deferred` allows it."""
+        scale = self.param("scale", nn.initializers.ones_init(), residual.shape[-1:], jnp.float32)
+        if not deferred:
+            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps,
+                                                         out_dtype=self.format.dtype, reproducible=self.reproducible)
+            return residual, Normed(values)
+        residual, values, row_scale, peaks = norm_kernels.add_rms_norm_deferred(
+            residual, update, scale, eps=self.eps, out_dtype=self.format.dtype,
+            with_peaks=self.format.wants_peaks, reproducible=self.reproducible)
+        return residual, Normed(values, row_scale, peaks)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache, which it extends by the rows it is given."""
+
+    config: LlamaConfig
+    format: WeightFormat
+    reproducible: bool = False
+
+    @nn.compact
+    def __call__(self, x: Normed, rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]) -> tuple[
+            Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
+        config = self.config
+        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
+        qkv = linear(config.qkv_features, name="qkv")(x.values, x.peaks)
+        query, keys, values = rope_kernels.rope_append(
+            qkv, rows.cos, rows.sin, keys, values, rows.start, heads=config.num_heads, kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, row_scale=x.row_scale)
+        if rows.paths is not None:
+            mixed = attention_kernels.ordered_attention(query, keys, values, rows.committed, rows.depth, rows.paths)
+        elif rows.mask_words is None:
+            mixed = attention_kernels.causal_attention(query, keys, values, rows.committed)
+        else:
+            mixed = attention_kernels.tree_attention(query, keys, values, rows.committed, rows.mask_words, tail=rows.tail)
+        mixed = mixed.reshape(len(x.values), config.num_heads * config.head_dim)
+        return linear(config.hidden_size, name="o")(mixed), keys, values
+
+
+class Mlp(nn.Module):
+    """down(silu(gate) * up)."""
+
+    intermediate_size: int
+    format: WeightFormat
+    reproducible: bool = False
+
+    @nn.compact
+    def __call__(self, x: Normed) -> Float[Array, "S M D"]:
+        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
+        gate_up = linear(2 * self.intermediate_size, name="gate_up")(x.values, x.peaks)
+        hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale,
+                                             with_peaks=self.format.wants_peaks)
+        return linear(x.values.shape[-1], name="down")(hidden, peaks)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind its norm. The MLP's output is returned unadded: the next norm adds it."""
+
+    config: LlamaConfig
+    format: WeightFormat
+    reproducible: bool = False
+
+    @nn.compact
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows,
+                 keys: Float[Array, "L H d"], values: Float[Array, "L H d"]):
+        """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
+        eps = self.config.rms_norm_eps
+        entering, x = AddNorm(eps, self.format, self.reproducible, name="attention_norm")(residual, update, deferred=True)
+        attention = Attention(self.config, self.format, self.reproducible, name="attention")
+        update, keys, values = attention(x, rows, keys, values)
+        residual, x = AddNorm(eps, self.format, self.reproducible, name="mlp_norm")(entering, update, deferred=True)
+        update = Mlp(self.config.intermediate_size, self.format, self.reproducible, name="mlp")(x)
+        return entering, residual, update, keys, values
+
+
+class Embedding(nn.Module):
+    """A table of token vectors, which may also serve as the output projection."""
+
+    vocab_size: int
+    features: int
+    format: DenseFormat
+    reproducible: bool = False
+
+    def setup(self) -> None:
+        self.table = self.param("table", nn.initializers.normal(self.features**-0.5), (self.vocab_size, self.features),
+                                self.format.dtype)
+
+    def __call__(self, tokens: Int32[Array, "M"]) -> Float[Array, "M D"]:
+        return self.table[tokens].astype(jnp.float32)
+
+    def attend(self, x: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        return self.format.transposed_matmul(x, self.table, reproducible=self.reproducible)

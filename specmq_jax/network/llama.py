@@ -1,0 +1,73 @@
+"""The Llama decoder as a functional Flax module."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.partials import add_up
+from specmq_jax.formats import DenseFormat, WeightFormat
+from specmq_jax.network.cache import KVCache
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.layers import AddNorm, Embedding, Layer, Linear, Rows
+
+
+class Llama(nn.Module):
+    """Token ids to hidden states over a KV cache, and hidden states to logits.
+
+    Attributes:
+      config: sizes.
+      format: of the layers' linear weights; its dtype is also the cache's.
+      head_format: of lm_head, where it is not tied to the embedding.
+      embed_format: a dense format, of the embedding table.
+      capture: layers whose entering residual streams a drafter reads; empty where it reads the final states.
+      reproducible: on a GPU a row's states and logits have the same bits whatever tree it stands in, for trees of at most
+        `formats.MOST_REPRODUCIBLE_ROWS` nodes; of the other operations each computes a row, or an element, by itself.
+    """
+
+    config: LlamaConfig
+    format: WeightFormat
+    head_format: WeightFormat
+    embed_format: DenseFormat
+    capture: tuple[int, ...] = ()
+    reproducible: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, self.embed_format, self.reproducible)
+        self.layers = [Layer(config, self.format, self.reproducible) for _ in range(config.num_layers)]
+        self.norm = AddNorm(config.rms_norm_eps, self.format, self.reproducible)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.vocab_size, self.head_format, self.reproducible)
+
+    def __call__(self, tokens: Int32[Array, "M"], cache: KVCache, depth: Int32[Array, "M"] | None = None,
+                 mask: Bool[Array, "M M"] | None = None) -> tuple[Float[Array, "M D"], Float[Array, "M F"], KVCache]:
+        """Runs M rows that stand behind the cache's committed ones.
+
+        Args:
+          tokens: ids.
+          cache: its rows [length, length + M) are overwritten; its length stays (the caller commits what it accepts).
+          depth: of each row in a draft tree, so its position is length + depth; None for consecutive rows.
+          mask: bool[M, M], which of these rows each row sees besides all committed ones; None for causal.
+
+        Returns:
+          The states after the final norm in the layers' dtype, what a drafter reads (the captured streams joined in
+          f32, else those same states), and the cache.
+        """
+        offsets = jnp.arange(tokens.shape[0], dtype=jnp.int32) if depth is None else depth
+        rows = Rows.behind(self.config, cache, offsets, mask, reproducible=self.reproducible)
+        residual, update, captured = self.embed(tokens), None, {}
+        keys, values = list(cache.keys), list(cache.values)
+        for i, layer in enumerate(self.layers):
+            captured[i], residual, update, keys[i], values[i] = layer(residual, update, rows, keys[i], values[i])
+        _, normed = self.norm(residual, update)
+        hidden = normed.values
+        features = jnp.concatenate([captured[i] for i in self.capture], axis=-1) if self.capture else hidden
+        return hidden, features, cache.replace(keys=tuple(keys), values=tuple(values))
+
+    def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        """f32 logits of final-norm states."""
+        return self.embed.attend(hidden) if self.config.tie_embeddings else add_up(self.lm_head(hidden))
+
+    def everything(self, tokens: Int32[Array, "M"], cache: KVCache) -> Float[Array, "M V"]:
+        """Touches every parameter: `init(key, tokens, cache, method="everything")` makes random weights."""
+        return self.logits(self(tokens, cache)[0])
