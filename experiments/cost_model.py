@@ -98,7 +98,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("the cost model is what chooses for method auto; leave it out of --methods")
     precisions = [formats.get(name).name for name in given.precisions]
     check_directory(settings.output_dir)
-    limits = predict.bounds(nodes=given.most_nodes, depth=given.most_depth, draft_tokens=given.most_draft_tokens, runs=given.runs)
+    limits = predict.bounds(nodes=given.most_nodes, depth=given.most_depth, draft_tokens=given.most_draft_tokens,
+                            runs=given.runs)
     limits.check()
     with claims.reported(settings.output_dir):
         _run(settings, limits, precisions, console, progress)

@@ -1,7 +1,7 @@
 """Passes over batches of sequences, for making answers and for training, where decoding's one-sequence kernels do not fit.
 
-Plain jnp over the parameters of `specmq_jax.network.llama.Llama` and `specmq_jax.network.eagle.EagleHead` with dense weights; a test holds
-them equal to the modules.
+Plain jnp over the parameters of `network.llama.Llama` and `network.eagle.EagleHead` with dense weights; a test holds them
+equal to the modules.
 """
 
 from collections.abc import Callable, Mapping, Sequence

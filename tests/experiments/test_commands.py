@@ -1,27 +1,12 @@
 """Commands as a user types them: one line and exit code 2 for a mistake, a table for a comparison."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
 from benches import QUESTIONS
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def command(name, *arguments):
-    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300)
-
-
-def fails_with(result, *parts):
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and len(errors) == 1, result.stderr
-    assert "Traceback" not in result.stderr and not result.stdout
-    for part in parts:
-        assert part in errors[0]
+from typed import ROOT, command, fails_with
 
 
 @pytest.fixture
