@@ -25,7 +25,7 @@ from checkpoints_tools.quantizers.calibration import read_tokens
 from specmq_jax import formats
 from specmq_jax.commands import entry
 from specmq_jax.errors import NotFiniteError, UserError
-from specmq_jax.loading.model import Params, check_tokens
+from specmq_jax.loading.model import Params, check_tokens, outline
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.llama import Llama
@@ -102,11 +102,11 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     if not given.text:
         raise UserError(f"--text=FILE is missing; usage: {usage}")
-    outline = sm.model.outline(source, given.precision)
-    length = given.length or min(2048, outline.config.max_position)
-    check_length(length, outline.config)
-    tokens = check_tokens(read_tokens(pathlib.Path(given.text), load_tokenizer(outline.directory)), outline.config)
-    model = sm.load(outline.directory, given.precision)
+    shapes = outline(source, given.precision)
+    length = given.length or min(2048, shapes.config.max_position)
+    check_length(length, shapes.config)
+    tokens = check_tokens(read_tokens(pathlib.Path(given.text), load_tokenizer(shapes.directory)), shapes.config)
+    model = sm.load(shapes.directory, given.precision)
     found = perplexity(model, tokens, length)
     print(f"perplexity {found.value:.4f} | {count(found.tokens, 'token')} in windows of {length} | {model.precision} | "
           f"{found.seconds:.1f} s")

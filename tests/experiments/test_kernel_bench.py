@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from experiments import kernel_bench
-from experiments.answers import metrics
 from experiments.kernel_bench import OPS, Bench
 from experiments.kernels import cases
+from experiments.timing import device
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = Bench(rows=(2,), runs=4)
@@ -21,7 +21,7 @@ FEW = Bench(rows=(2,), runs=4)
 
 @pytest.fixture
 def console(monkeypatch) -> Console:
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     return Console(file=io.StringIO(), width=200)
 
 
@@ -54,9 +54,9 @@ def test_a_kernel_that_fails_is_told_and_costs_no_other_figure(console, monkeypa
     assert f"{broken.shape}, 2 rows: out of shared memory" in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("device", "known"), [("NVIDIA H200", True), ("NVIDIA A100", False)])
-def test_the_peers_times_stand_beside_the_device_they_were_measured_on(device, known, monkeypatch):
-    monkeypatch.setattr(metrics, "device_name", lambda: device)
+@pytest.mark.parametrize(("name", "known"), [("NVIDIA H200", True), ("NVIDIA A100", False)])
+def test_the_peers_times_stand_beside_the_device_they_were_measured_on(name, known, monkeypatch):
+    monkeypatch.setattr(device, "device_name", lambda: name)
     for model in ("llama3-8b", "llama3-70b"):
         for op in ("w4a16", "w4a16_product"):
             items = Bench().items(op, cases.MODELS[model])

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments.answers import answer_files, answer_format, metrics
+from experiments.answers import answer_files, answer_format
 from experiments.answers.answer_files import AnswerFile
 from experiments.reporting import answer_runs
 from experiments.running import runner
+from experiments.timing import device
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -27,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def _no_bandwidth_measurement(monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
 
 
 def run(settings, bench=None, console=None):

@@ -10,7 +10,7 @@ from printed_tables import table_cells
 from rich.console import Console
 from typed import command, fails_with
 
-from experiments.answers import metrics, scoring
+from experiments.answers import answer_files, scoring
 from experiments.answers.scoring import Scorer, Verdict
 from experiments.benchmarks import gsm8k
 from experiments.benchmarks.benchmark import Benchmark
@@ -18,6 +18,7 @@ from experiments.inputs.questions import dialogue
 from experiments.inputs.records import Record
 from experiments.reporting import benchmark_command, report
 from experiments.running import runner
+from experiments.timing import device
 from specmq_jax.errors import UserError
 from specmq_jax.words import count as counted
 
@@ -117,7 +118,7 @@ def test_what_python_warns_of_in_an_answer_is_not_shown():
         return Verdict(right=bool(compile(text, question.category, "exec")), detail="")
 
     asked = [gsm8k.parse_question(Record(place="f", index=0, values={"question": "q", "answer": "#### 1"}))]
-    found = runner.answers.Answer(
+    found = answer_files.Answer(
         question_id=0, category="gsm8k", prompt_tokens=(), texts=(r"'\d'",), token_ids=(), new_tokens=(1,), wall_time=(1.0,),
         prefill_time=(), accept_lengths=(), draft_accept_lengths=(), cut=None)
     with warnings.catch_warnings(action="error"):
@@ -129,7 +130,7 @@ BENCHMARK = Benchmark(name="parity", sample=None, published=None, parse=dialogue
 
 
 def test_a_scored_run_has_its_score_in_table_and_summary_and_beside_the_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings = make_settings(tmp_path, benchmark=BENCHMARK)
     results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     results = [benchmark_command.scored(settings, BENCHMARK.scorer, result) for result in results]

@@ -11,18 +11,18 @@ from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 from typed import ROOT, command
 
-from experiments.answers import metrics
 from experiments.benchmarks import gsm8k, human_eval, spec_bench
 from experiments.benchmarks.benchmark import MT_BENCH, Benchmark
 from experiments.inputs.questions import dialogue
 from experiments.reporting import benchmark_command
 from experiments.running import flags, runner
+from experiments.timing import device
 from specmq_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def _no_bandwidth_measurement(monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
 
 
 def run(settings, bench):

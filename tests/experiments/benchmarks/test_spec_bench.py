@@ -9,11 +9,11 @@ from benches import FakeBench, fake_plan, make_settings
 from printed_tables import table_cells
 from rich.console import Console
 
-from experiments.answers import metrics
 from experiments.benchmarks import spec_bench
 from experiments.inputs import questions
 from experiments.reporting import report
 from experiments.running import runner
+from experiments.timing import device
 
 TASKS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
 
@@ -35,7 +35,7 @@ def test_every_published_question_is_read():
 
 def reported(tmp_path, monkeypatch, methods, slow):
     """The summary and the table of a run over the sample; `slow` multiplies a task's times for the method spec."""
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings = make_settings(tmp_path, benchmark=spec_bench.BENCHMARK, question_file=spec_bench.BENCHMARK.sample,
                              methods=methods, max_length=4096)
 
@@ -73,7 +73,7 @@ def test_without_a_baseline_tasks_have_speeds(tmp_path, monkeypatch):
 
 
 def test_other_benchmarks_report_no_tasks(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path), io.StringIO()
     results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=printed, width=100))

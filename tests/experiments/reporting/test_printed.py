@@ -30,6 +30,7 @@ from experiments.reporting import answer_runs, figures, report
 from experiments.running import methods, progress, runner
 from experiments.running.methods import Choice
 from experiments.serving import answer_view
+from experiments.timing import device
 from experiments.timing.timed_loops import _timing
 from specmq_jax.words import count
 
@@ -85,7 +86,7 @@ def test_a_question_without_a_second_token_has_no_speed():
 
 @pytest.fixture(autouse=True)
 def bandwidth(monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
 
 
 def run(settings, bench=None, load=True):
@@ -137,7 +138,7 @@ def test_figures_that_are_no_numbers_are_null_in_json(tmp_path):
 
 def test_the_copy_speed_is_that_of_the_methods_own_moment(tmp_path, monkeypatch):
     speeds = iter([1e10, 2e10])
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: next(speeds))
+    monkeypatch.setattr(device, "device_bandwidth", lambda: next(speeds))
     settings = make_settings(tmp_path)
     printed = printed_table(settings, run(settings))
     # 1 GB a round of a tenth of a second
@@ -156,7 +157,7 @@ def test_a_resumed_run_is_compared_with_no_copy(tmp_path):
 
 
 def test_more_than_the_copy_speed_is_explained_and_given_no_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 8e9)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 8e9)
     settings = make_settings(tmp_path)
     printed = printed_table(settings, run(settings), width=400)
     assert table_cells(printed)["of the device's copy speed"] == [">100%", ">100%"]

@@ -9,15 +9,15 @@ from benches import FakeBench, fake_plan, make_settings
 from printed_tables import table_cells
 from rich.console import Console
 
-from experiments.answers import metrics
 from experiments.reporting import report
 from experiments.running import methods, runner
+from experiments.timing import device
 
 
 @pytest.fixture
 def reported(tmp_path, monkeypatch):
     """The settings of a reported run, and the table."""
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path), io.StringIO()
     results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=printed, width=100))
@@ -39,7 +39,7 @@ def test_summary_holds_the_figures(reported):
 
 
 def test_turns_count_against_the_identical_share_while_their_prompts_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path), io.StringIO()
     # turns of questions 1, 1, 2, c, c; the first, third and fifth differ, and the second's prompt with the first's answer
     results = runner.run(settings, load=lambda _: FakeBench(slip=True), plan=fake_plan, console=Console(file=io.StringIO()))
@@ -58,7 +58,7 @@ def test_turns_count_against_the_identical_share_while_their_prompts_are_the_sam
     ("w8a8", True, False, True), ("w4a8-qoq-g128", True, False, True), ("w4a16", True, False, False),
     ("w8a8", False, False, False), ("w8a8", True, True, False)])
 def test_answers_that_part_for_rounded_activations_are_explained(tmp_path, monkeypatch, precision, slip, reproducible, told):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings = make_settings(tmp_path, reproducible=reproducible)
     results = runner.run(settings, load=lambda _: FakeBench(slip=slip, precision=precision), plan=fake_plan,
                          console=Console(file=io.StringIO()))
@@ -83,12 +83,12 @@ def test_acceptance_by_depth_is_conditional(reported):
     assert cells["draft 1 accepted"] == ["-", "50%"] and cells["draft 3 accepted where 2 was"] == ["-", "100%"]
 
 
-@pytest.mark.parametrize(("device", "method", "drafter", "told"), [
+@pytest.mark.parametrize(("name", "method", "drafter", "told"), [
     ("CPU (x86)", "spec", None, True), ("CPU (x86)", "hier", None, True), ("CPU (x86)", "eagle2", None, False),
     ("CPU (x86)", "spec", "small", False), ("NVIDIA H200", "spec", None, False)])
-def test_only_a_slow_low_bit_copy_on_a_cpu_is_excused(tmp_path, monkeypatch, device, method, drafter, told):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
-    monkeypatch.setattr(metrics, "device_name", lambda: device)
+def test_only_a_slow_low_bit_copy_on_a_cpu_is_excused(tmp_path, monkeypatch, name, method, drafter, told):
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_name", lambda: name)
     settings = make_settings(tmp_path, methods=("baseline", "spec"), models=methods.Models(drafter=drafter))
     results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     slow = [dataclasses.replace(answer, wall_time=tuple(20 * t for t in answer.wall_time)) for answer in results[1].answers]
@@ -128,7 +128,7 @@ def test_plot_is_a_picture(reported):
 
 
 def test_a_run_without_baseline_has_no_relative_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     settings, printed = make_settings(tmp_path, methods=("spec",)), io.StringIO()
     results = runner.run(settings, load=lambda _: FakeBench(), plan=fake_plan, console=Console(file=io.StringIO()))
     report.report(settings, results, Console(file=printed, width=100))

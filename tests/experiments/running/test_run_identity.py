@@ -15,11 +15,12 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_tools.conversion import convert
-from experiments.answers import answer_files, metrics, scoring
+from experiments.answers import answer_files, scoring
 from experiments.cost import auto
 from experiments.running import claims, runner
 from experiments.running.contents import Contents
 from experiments.running.methods import Models
+from experiments.timing import device
 from specmq_jax.errors import UserError
 from specmq_jax.loading import contents
 
@@ -31,7 +32,7 @@ SOURCE, HEAD = DATA / "checkpoints" / "fp16", DATA / "eagle" / "eagle2_head"
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECMQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_the_directory_of_an_answer_file_is_claimed_too(tmp_path):
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path):
-    code = ("import os, pathlib, sys; from experiments import claims\n"
+    code = ("import os, pathlib, sys; from experiments.running import claims\n"
             f"with claims.answered([pathlib.Path({str(tmp_path)!r})]): os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     with claims.answered([tmp_path]):

@@ -9,16 +9,16 @@ from benches import FakeBench, fake_plan, make_settings
 from rich.console import Console
 
 import specmq_jax as sm
-from experiments.answers import metrics
 from experiments.running import runner
 from experiments.running.methods import Models
+from experiments.timing import device
 from specmq_jax.errors import UserError
 from specmq_jax.loading import memory
 
 
 @pytest.fixture(autouse=True)
 def _no_bandwidth_measurement(monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
 
 
 def run(settings, bench=None):

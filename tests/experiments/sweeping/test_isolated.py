@@ -116,9 +116,9 @@ def test_what_the_machine_is_at_fault_for_arrives_as_a_mistake():
 
 @pytest.mark.parametrize("seconds", [0.2, 1.5])
 def test_ctrl_c_of_a_terminal_ends_both_in_one_line(seconds):
-    code = ("import test_isolated\nfrom specmq_jax import errors\n"
+    code = ("import test_isolated\nfrom specmq_jax.commands import entry\n"
             "def main(argv):\n    print('begun', flush=True)\n    list(test_isolated.isolated.reports(test_isolated.endless))\n"
-            "if __name__ == '__main__':\n    errors.run(main)")
+            "if __name__ == '__main__':\n    entry.run(main)")
     paths = os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)])
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)

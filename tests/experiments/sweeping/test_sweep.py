@@ -16,12 +16,12 @@ from rich.console import Console
 
 from checkpoints_tools import demo_model
 from experiments import sweep
-from experiments.answers import metrics
 from experiments.running import claims
 from experiments.sweeping import grid, sweep_cells, sweep_report
 from experiments.sweeping.isolated import ProcessEnded
 from experiments.sweeping.sweep_progress import Tally, display
 from experiments.sweeping.sweep_worker import Event, LoadedModels
+from experiments.timing import device
 from specmq_jax.decoding.config import TreeConfig
 from specmq_jax.errors import UserError
 
@@ -41,7 +41,7 @@ def _flags():
 
 @pytest.fixture(autouse=True)
 def _no_device_work(monkeypatch):
-    monkeypatch.setattr(metrics, "device_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(device, "device_bandwidth", lambda: 1e11)
     monkeypatch.setattr(demo_model, "head", lambda version: HEADS / f"eagle{version}_head")
 
 

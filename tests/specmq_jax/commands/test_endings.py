@@ -17,7 +17,7 @@ INSPECT, CONVERT = ("checkpoints_tools.inspect", FP16), ("checkpoints_tools.conv
 PROGRAM = """
 import json, os, sys, tempfile
 from absl import flags
-from specmq_jax import errors
+from specmq_jax.commands import entry
 
 flags.DEFINE_float("share", 0.5, "A number.")
 flags.DEFINE_list("names", None, "Some.")
@@ -33,7 +33,7 @@ def outcome(arguments):
         if not child:
             os.dup2(told.fileno(), 2)
             sys.argv[1:] = arguments
-            errors.run(main)
+            entry.run(main)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         told.seek(0)
         return told.read().splitlines(), status

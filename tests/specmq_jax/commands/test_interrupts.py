@@ -17,7 +17,7 @@ INSPECT = ("checkpoints_tools.inspect", FP16)
 CONVERT = ("checkpoints_tools.convert", FP16, "OUT/made")
 DEAF = """
 import time
-from specmq_jax import errors
+from specmq_jax.commands import entry
 
 class Deaf:
     def __del__(self):  # where Python can only report an exception
@@ -29,11 +29,12 @@ def main(argv):
     Deaf()
     time.sleep(60)
 
-errors.run(main)
+entry.run(main)
 """
 HELD = """
 import sys, time
-from specmq_jax import errors, files
+from specmq_jax import files
+from specmq_jax.commands import entry
 
 def main(argv):
     with files.staged(argv[1]) as directory, files.scratch("work"):
@@ -41,7 +42,7 @@ def main(argv):
         print("held", flush=True)
         time.sleep(60)
 
-errors.run(main)
+entry.run(main)
 """
 
 
