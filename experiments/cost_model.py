@@ -5,8 +5,9 @@ T_avg = (d T_d + T_v(n)) / tau(n, d), for every depth and size of trees, for eve
 `auto` of the other experiments takes what is best. Every time is that of several runs: the median is reckoned with, the fastest
 and the slowest are told. T_v(n) and T_d never fall: what was measured to is set to the nearest curve that doesn't.
 
-Acceptance is seen on the first turns of the questions. --tree_top_k holds for all trees. Of --tree_depth, --tree_size,
---draft_length and --min_draft_length, whole rounds are timed, and the others' times follow from theirs.
+Without --methods it looks at all that fit the models. Acceptance is seen on the first turns of the questions. --tree_top_k
+holds for all trees. Of --tree_depth, --tree_size, --draft_length and --min_draft_length, whole rounds are timed, and the
+others' times follow from theirs.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, measures, predicts and prints."""
     flags.no_arguments(argv)
     given, console, progress = absl_flags.FLAGS, tables.stdout(), Console(stderr=True)
-    settings = flags.settings("cost_model")
+    settings = flags.settings("cost_model", default=flags.all_methods())
     if methods.AUTO in settings.methods:
         raise UserError("the cost model is what chooses for method auto; leave it out of --methods")
     precisions = [formats.get(name).name for name in given.precisions]

@@ -20,8 +20,9 @@ from specmq_jax.loading.head import head_version
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Defaults:
-    """What suits a kind of device where a flag is left out."""
+    """What suits a kind of device where a flag is left out; `methods` are those of a run whose models no flag names."""
 
+    methods: tuple[str, ...]
     tree_depth: int
     tree_top_k: int
     tree_size: int
@@ -30,9 +31,11 @@ class _Defaults:
     max_length: int
 
 
-# a CPU pays for each row that the target verifies, a GPU hardly
-_CPU = _Defaults(tree_depth=3, tree_top_k=2, tree_size=4, min_draft_length=3, max_new_tokens=64, max_length=1024)
-_GPU = _Defaults(tree_depth=6, tree_top_k=10, tree_size=60, min_draft_length=6, max_new_tokens=512, max_length=4096)
+# a CPU pays for each row that the target verifies, a GPU hardly; and a 4-bit draft model is no faster there than its target
+_CPU = _Defaults(methods=("baseline", "eagle3"), tree_depth=3, tree_top_k=2, tree_size=4, min_draft_length=3, max_new_tokens=64,
+                 max_length=1024)
+_GPU = _Defaults(methods=methods.NAMES, tree_depth=6, tree_top_k=10, tree_size=60, min_draft_length=6, max_new_tokens=512,
+                 max_length=4096)
 
 
 def _by_device(field: str) -> str:
@@ -46,7 +49,8 @@ _METHOD = flags.DEFINE_enum("method", None, list(methods.METHODS), "One method t
 _METHODS = flags.DEFINE_list(
     "methods", None, f"Methods to run one after another, of {', '.join(methods.METHODS)}. Speedups are over baseline; auto is "
     "the method, with the tree or draft length, that the cost model predicts to be fastest, measured once. "
-    "Default: all of them for the demo model, baseline,spec for others.")
+    f"Default for the demo model: {','.join(_CPU.methods)} on a CPU, all that fit on a GPU or beside a --drafter or --eagle. "
+    "For others: baseline,spec.")
 _DRAFTER = flags.DEFINE_string(
     "drafter", None, "The small model of methods spec and hier, given like --model. Default: the target's own weights "
     "at --draft_precision.")
@@ -118,18 +122,18 @@ def settings(experiment: str, *, default: Sequence[str] | None = None, offered: 
       UserError: an unknown method or precision, flags that contradict one another, drafts that are longer than the cache, or
         published questions that can't be downloaded.
     """
-    chosen = _methods(default)
+    suited = _CPU if jax.default_backend() == "cpu" else _GPU
+    chosen = _methods(default or _default_methods(suited))
     if _ANSWER_FILE.value and len(chosen) > 1:
         raise UserError(f"--answer_file takes the answers of one method, and {','.join(chosen)} are to be run; give "
                         "--method=NAME, or --output_dir for several")
     for precision in filter(None, (_PRECISION.value, _DRAFT_PRECISION.value)):
         formats.get(precision)
-    default = _CPU if jax.default_backend() == "cpu" else _GPU
     models = methods.Models(
         target=_MODEL.value, precision=_PRECISION.value, drafter=_DRAFTER.value, draft_length=_DRAFT_LENGTH.value,
-        draft_precision=_DRAFT_PRECISION.value, eagle=_heads(), tree=_tree(default),
+        draft_precision=_DRAFT_PRECISION.value, eagle=_heads(), tree=_tree(suited),
         vocabulary=_VOCABULARY.value, vocabulary_size=_VOCABULARY_SIZE.value,
-        min_draft_length=_MIN_DRAFT_LENGTH.value or default.min_draft_length, draft_model_start=_DRAFT_MODEL_START.value)
+        min_draft_length=_MIN_DRAFT_LENGTH.value or suited.min_draft_length, draft_model_start=_DRAFT_MODEL_START.value)
     sampling = _sampling()
     considered = tuple(dict.fromkeys([*chosen, *offered, *(fitting_methods() if methods.AUTO in chosen else ())]))
     if not models.eagle and models.target is None and any(methods.METHODS[method].versions for method in considered):
@@ -138,8 +142,8 @@ def settings(experiment: str, *, default: Sequence[str] | None = None, offered: 
     made = Settings(
         models=models, methods=chosen, question_file=benchmark.question_file(_QUESTION_FILE.value),
         question_begin=_QUESTION_BEGIN.value, question_end=_QUESTION_END.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value or benchmark.max_new_tokens or default.max_new_tokens,
-        max_length=_MAX_LENGTH.value or max(default.max_length, benchmark.max_length), sampling=sampling, seed=_SEED.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value or benchmark.max_new_tokens or suited.max_new_tokens,
+        max_length=_MAX_LENGTH.value or max(suited.max_length, benchmark.max_length), sampling=sampling, seed=_SEED.value,
         reproducible=_REPRODUCIBLE.value,
         output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
         answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value,
@@ -171,10 +175,10 @@ def no_arguments(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options are spelled --name=value (--help lists them)")
 
 
-def _methods(default: Sequence[str] | None) -> tuple[str, ...]:
+def _methods(default: Sequence[str]) -> tuple[str, ...]:
     if _METHOD.value and _METHODS.value:
         raise UserError("--method and --methods were both given; choose one")
-    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or default or _default_methods())
+    chosen = (_METHOD.value,) if _METHOD.value else tuple(_METHODS.value or default)
     for method in chosen:
         if method not in methods.METHODS:
             raise UserError(f"method {method!r} is not known; choose of {', '.join(methods.METHODS)}")
@@ -183,10 +187,13 @@ def _methods(default: Sequence[str] | None) -> tuple[str, ...]:
     return chosen
 
 
-def _default_methods() -> tuple[str, ...]:
-    if _MODEL.value:
-        return "baseline", "spec"
-    return fitting_methods()
+def _default_methods(suited: _Defaults) -> tuple[str, ...]:
+    return suited.methods if not (_MODEL.value or _DRAFTER.value or _EAGLE.value) else all_methods()
+
+
+def all_methods() -> tuple[str, ...]:
+    """Those that the models given can be run with."""
+    return ("baseline", "spec") if _MODEL.value else fitting_methods()
 
 
 def fitting_methods() -> tuple[str, ...]:

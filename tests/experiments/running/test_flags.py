@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -29,7 +30,13 @@ def heads(found):
     return {method: found.models.head(method) for method in found.methods}
 
 
-def test_without_flags_every_method_runs_on_the_demo_model_with_its_own_heads():
+def test_without_flags_a_cpu_compares_plain_decoding_with_what_is_fastest_there():
+    found = settings()
+    assert found.models.target is None and heads(found) == {"baseline": None, "eagle3": EAGLE3}
+
+
+def test_without_flags_a_gpu_runs_every_method_on_the_demo_model_with_its_own_heads(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     found = settings()
     assert found.models.target is None
     assert heads(found) == {"baseline": None, "spec": None, "eagle2": EAGLE2, "eagle3": EAGLE3, "hier": EAGLE3}
