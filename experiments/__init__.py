@@ -1,3 +1,6 @@
 """Benchmarks: prompts in, JSONL answers, tables and plots out."""
 
-from specmq_jax.commands import interrupts  # noqa: F401 (first, for Ctrl-C while a command is being imported)
+import sys
+
+if sys.argv[:1] == ["-m"]:  # for Ctrl-C while a command is being imported; the program specmq imports no JAX
+    from specmq_jax.commands import interrupts  # noqa: F401
