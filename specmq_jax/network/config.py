@@ -11,7 +11,6 @@ from specmq_jax.json_files import read_json
 from specmq_jax.network.hf_options import refuse_unsupported, refuse_window
 from specmq_jax.network.rope_config import RopeConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {"model_type": "llama", "max_position_embeddings": 2048},
     "MistralForCausalLM": {"model_type": "mistral", "max_position_embeddings": 131072, "num_key_value_heads": 8,
@@ -85,8 +84,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
         raise UserError(f"config.json needs a name 'model_type'; found {entries.shown(kind)}")
     kinds = {values["model_type"]: name for name, values in _DEFAULTS.items()}
     name = names[0] if names else kinds.get(kind or "", "none")
-    if name not in ARCHITECTURES:
-        raise UserError(f"architecture {entries.shown(name)} is not supported; known: {', '.join(ARCHITECTURES)}")
+    if name not in _DEFAULTS:
+        raise UserError(f"architecture {entries.shown(name)} is not supported; known: {', '.join(_DEFAULTS)}")
     if kind not in (None, _DEFAULTS[name]["model_type"]):
         raise UserError(f"config.json has model_type {entries.shown(kind)} beside architecture {name!r}; expected "
                         f"{_DEFAULTS[name]['model_type']!r}")
