@@ -263,7 +263,7 @@ def test_what_is_appended_behind_any_beginning_is_read_again(examples):
 
 FULL = """
 import json, pathlib, resource, signal, sys
-from experiments.answers import AnswerFile
+from experiments.answers.answer_files import AnswerFile
 from specmq_jax.errors import UserError
 path, limit, finish = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "finish"
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

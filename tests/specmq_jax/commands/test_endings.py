@@ -17,6 +17,7 @@ INSPECT, CONVERT = ("checkpoints_tools.inspect", FP16), ("checkpoints_tools.conv
 PROGRAM = """
 import json, os, sys, tempfile
 from absl import flags
+from specmq_jax import errors
 from specmq_jax.commands import entry
 
 flags.DEFINE_float("share", 0.5, "A number.")

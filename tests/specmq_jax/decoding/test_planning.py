@@ -247,7 +247,7 @@ def test_stored_weights_do_not_wait_for_one_another_while_a_model_is_requantised
 _GPU_PROGRAM = """
 import jax, numpy as np
 import specmq_jax as sm
-from specmq_jax import planning
+from specmq_jax.decoding import planning
 sizes = sm.LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32,
                        num_kv_heads=8, head_dim=64, max_position=131072)
 target, draft = (sm.random_model(sizes, "w4a16", seed=seed) for seed in (0, 1))
