@@ -247,8 +247,9 @@ class CheckpointWriter:
     def _flush(self) -> None:
         shard = self.directory / "weights" / f"shard_{self._shards:03}"
         shard.parent.mkdir(exist_ok=True)
-        with quiet():
-            _checkpointer().save(shard, args=ocp.args.PyTreeSave(self._pending))
+        # in a thread, which no interrupt reaches: it has ended before the directory that it writes into is removed
+        with quiet(), concurrent.futures.ThreadPoolExecutor(1) as saving:
+            saving.submit(_checkpointer().save, shard, args=ocp.args.PyTreeSave(self._pending)).result()
         self._pending, self._pending_bytes = {}, 0
         self._shards += 1
 

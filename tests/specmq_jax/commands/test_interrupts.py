@@ -44,6 +44,34 @@ def main(argv):
 
 entry.run(main)
 """
+SAVING = """
+import sys, threading, time
+from specmq_jax.commands import entry
+from specmq_jax.formats import DenseFormat
+from specmq_jax.loading import checkpoint
+from specmq_jax.network.parameters import Formats
+
+class Library:
+    def save(self, shard, args):
+        def write():
+            print("saving", flush=True)
+            for i in range(2000):
+                (shard / str(i)).mkdir(parents=True, exist_ok=True)
+                time.sleep(0.0005)
+
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join()
+
+def main(argv):
+    checkpoint._checkpointer = Library
+    dense = DenseFormat(kind="fp32")
+    with checkpoint.CheckpointWriter(argv[1], config={}, formats=Formats(linear=dense, head=dense, embed=dense),
+                                     source={}) as writer:
+        writer._pending = {"a": 1}
+
+entry.run(main)
+"""
 
 
 def started(directory, arguments):
@@ -127,6 +155,13 @@ def test_what_is_half_written_goes(tmp_path, number, status, word):
     process = started(tmp_path, ["-c", HELD, "OUT/made"])
     assert process.stdout.readline() == "held\n" and len(half_written(tmp_path)) == 3
     ended(process, number, status, word)
+    assert not half_written(tmp_path) and not os.listdir(tmp_path / "out")
+
+
+def test_what_a_librarys_threads_still_write_goes(tmp_path):
+    process = started(tmp_path, ["-c", SAVING, "OUT/made"])
+    assert process.stdout.readline() == "saving\n"
+    ended(process, signal.SIGINT, 130, "interrupted")
     assert not half_written(tmp_path) and not os.listdir(tmp_path / "out")
 
 
