@@ -180,7 +180,7 @@ def _settings() -> Settings:
 def _tree(depth: int | None, top_k: int | None, size: int | None, default: TreeConfig) -> TreeConfig:
     """The default's size is cut to what the other two allow."""
     depth, top_k = depth or default.depth, top_k or default.top_k
-    return TreeConfig(depth=depth, top_k=top_k, size=size or min(default.size, top_k + (depth - 1) * top_k**2 + 1))
+    return TreeConfig(depth=depth, top_k=top_k, size=size or TreeConfig.fitting(depth, top_k, default.size).size)
 
 
 def _chosen(flag: str, found: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

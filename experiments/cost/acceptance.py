@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int32
 
+from specmq_jax.decoding.config import TreeConfig
+
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -34,7 +36,7 @@ class Seen:
 
     def level_end(self, depth: int) -> int:
         """How many candidates the first `depth` levels have."""
-        return self.top_k + (depth - 1) * self.top_k**2
+        return TreeConfig.fitting(depth, self.top_k).candidates
 
     def ranks(self, place: int, following: Sequence[int]) -> Int32[np.ndarray, "D D"]:
         """Ranks of the candidates that agree with the text behind a place.

@@ -218,8 +218,8 @@ def _demo_heads(chosen: Sequence[str]) -> tuple[str, ...]:
 
 def _tree(default: _Defaults) -> TreeConfig:
     depth, top_k = _TREE_DEPTH.value or default.tree_depth, _TREE_TOP_K.value or default.tree_top_k
-    largest = top_k + (depth - 1) * top_k**2 + 1
-    return TreeConfig(depth=depth, top_k=top_k, size=_TREE_SIZE.value or min(default.tree_size, largest))
+    size = _TREE_SIZE.value or TreeConfig.fitting(depth, top_k, default.tree_size).size
+    return TreeConfig(depth=depth, top_k=top_k, size=size)
 
 
 def _sampling() -> Greedy | Sampling:

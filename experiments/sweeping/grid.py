@@ -47,11 +47,11 @@ class Grid:
         if "tree" in used:
             trees = []
             for depth, top_k, size in itertools.product(self.tree_depths, self.tree_top_ks, self.tree_sizes):
-                largest = TreeConfig(depth=depth, top_k=top_k, size=2).candidates + 1
-                if size <= largest or self.cut_sizes:
-                    trees.append(TreeConfig(depth=depth, top_k=top_k, size=min(size, largest)))
+                tree = TreeConfig.fitting(depth, top_k, size)
+                if tree.size == size or self.cut_sizes:
+                    trees.append(tree)
                 else:
-                    left_out.append(f"{method}: a tree of depth {depth} and top_k {top_k} has at most {largest} nodes, not "
+                    left_out.append(f"{method}: a tree of depth {depth} and top_k {top_k} has at most {tree.size} nodes, not "
                                     f"{size}")
         lengths = self.draft_lengths if "draft_length" in used else (None,)
         least = self.min_draft_lengths if "min_draft_length" in used else (None,)

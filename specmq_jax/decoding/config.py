@@ -1,6 +1,7 @@
 """Frozen descriptions of decoding."""
 
 import dataclasses
+from typing import Self
 
 from specmq_jax import entries
 from specmq_jax.decoding.sampling import Greedy, Sampler
@@ -70,6 +71,12 @@ class TreeConfig:
         if self.size - 1 > self.candidates:
             raise UserError(f"a tree of depth {self.depth} and top_k {self.top_k} has {self.candidates} candidates; "
                             f"size {self.size} needs {self.size - 1}")
+
+    @classmethod
+    def fitting(cls, depth: int, top_k: int, size: int | None = None) -> Self:
+        """A tree of so many levels, with `size` nodes or, where there are no more, all its candidates and the root."""
+        most = cls(depth=depth, top_k=top_k, size=2).candidates + 1
+        return cls(depth=depth, top_k=top_k, size=most if size is None else min(size, most))
 
     @property
     def candidates(self) -> int:

@@ -39,3 +39,11 @@ def test_a_tree_of_something_else_than_integers_is_one_line(key):
     for value in (True, 6.0, "6", None, math.nan, HUGE, [6]):
         with pytest.raises(sm.UserError, match=f"TreeConfig needs an integer '{key}'"):
             sm.TreeConfig(**{key: value})
+
+
+def test_a_fitting_tree_has_as_many_nodes_as_there_are_candidates_and_no_more_than_asked_for():
+    assert sm.TreeConfig.fitting(6, 10, 60) == sm.TreeConfig(depth=6, top_k=10, size=60)
+    assert sm.TreeConfig.fitting(2, 3, 60) == sm.TreeConfig.fitting(2, 3) == sm.TreeConfig(depth=2, top_k=3, size=13)
+    assert sm.TreeConfig.fitting(1, 1, 60).size == 2
+    with pytest.raises(sm.UserError, match="a size of at least 2; found 2, 3, 1"):
+        sm.TreeConfig.fitting(2, 3, 1)
