@@ -11,8 +11,8 @@ from jaxtyping import Int32
 
 import specmq_jax as sm
 from experiments.cost.acceptance import Count, SmallModel, count_rounds, tree_lengths
-from experiments.cost.step_costs import Curve
 from experiments.running.methods import Choice
+from specmq_jax.decoding.costs.table import Costs
 
 Ranks = Int32[np.ndarray, "R D D"]
 """Of an answer's places, as `acceptance.text_ranks` has them."""
@@ -42,49 +42,6 @@ class Prediction:
     def tokens_per_second(self) -> float:
         """Behind an answer's first token, which comes with the prefill."""
         return self.accept_length / self.seconds
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Seconds of what a method's round consists of.
-
-    Attributes:
-      plain: a round of plain decoding.
-      verify: T_v by rows.
-      draft: a proposal, by its depth; of a hierarchy, that of its small model's head.
-      rest: what else a round takes.
-      small_verify, small_rest: the small model's T_v and the rest of its rounds; None for methods without a hierarchy.
-      plain_spread: of a round of plain decoding, the fastest and the slowest run; None where they are not known.
-    """
-
-    plain: float
-    verify: Curve
-    draft: Curve
-    rest: float = 0.0
-    small_verify: Curve | None = None
-    small_rest: float = 0.0
-    plain_spread: tuple[float, float] | None = None
-
-    @property
-    def extremes(self) -> tuple["Costs", "Costs"]:
-        """Of the fastest runs, and of the slowest."""
-        verify, draft, small = self.verify, self.draft, self.small_verify
-        return (dataclasses.replace(self, verify=verify.fastest, draft=draft.fastest, small_verify=small and small.fastest),
-                dataclasses.replace(self, verify=verify.slowest, draft=draft.slowest, small_verify=small and small.slowest))
-
-    def tree_round(self, depth: int, size: int) -> float:
-        """A round with an EAGLE tree, or with a chain of depth + 1 nodes."""
-        return self.draft(depth) + self.verify(size) + self.rest
-
-    def inner_round(self, depth: int, size: int) -> float:
-        """A round of the small model."""
-        return self.draft(depth) + self.small_verify(size) + self.small_rest
-
-    def hierarchical_round(self, depth: int, size: int, min_draft_length: int, inner_rounds: float, ahead: float) -> float:
-        """A round whose draft takes `inner_rounds`; `ahead` is the share of rounds behind which the small model goes a token
-        ahead."""
-        return (inner_rounds * self.inner_round(depth, size) + ahead * self.small_verify(2)
-                + self.verify(min_draft_length + depth + 1) + self.rest)
 
 
 def plain(costs: Costs) -> Prediction:
@@ -152,7 +109,7 @@ def hierarchies(costs: Costs, answers: Sequence[SmallRanks], top_k: int, sizes: 
 
 def _shapes(top_k: int, sizes: Sequence[int], depths: Sequence[int]) -> Iterator[sm.TreeConfig]:
     for depth in depths:
-        most = sm.TreeConfig(depth=depth, top_k=top_k, size=2).candidates + 1
+        most = sm.TreeConfig.fitting(depth, top_k).size
         for size in sizes:
             if 2 <= size <= most:
                 yield sm.TreeConfig(depth=depth, top_k=top_k, size=size)

@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 import specmq_jax as sm
 from experiments.cost import cost_search
 from experiments.cost.acceptance import agreement, text_ranks
-from experiments.cost.cost_search import Costs, Prediction, SmallRanks
+from experiments.cost.cost_search import Prediction, SmallRanks
 from experiments.cost.observation import Forced, Watch, Watched, greedy_choices
-from experiments.cost.step_costs import BUSY, Curve, Ladder, Say, Stopwatch, Whole, eagle_drafters
 from experiments.running.methods import Choice, Workbench
+from specmq_jax.decoding.costs.stopwatch import Ladder, Say, Stopwatch
+from specmq_jax.decoding.costs.table import Costs, Curve
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 
@@ -114,24 +115,23 @@ class Study:
         if not self._answers:
             self._answers = self._watched(self._bench.target, None)
         watch = self._stopwatch(self._bench.target)
-        verify = {self._bench.precision: watch.verify(self._bench.precision, self._bounds.ladder.depths[-1])}
-        plain = watch.rounds("baseline", None).span
-        costs = Costs(plain=plain.median, plain_spread=(plain.fastest, plain.slowest), verify=verify[self._bench.precision],
-                      draft=Curve(at=(0,), seconds=(0.0,)))
-        found = [cost_search.plain(costs)]
+        plain = watch.plain(self._bench.precision)
+        verify, found = {self._bench.precision: plain.verify}, [cost_search.plain(plain)]
         for method, drafter in eagle.items():
-            found += cost_search.trees(method, self._eagle_costs(method, drafter, watch, costs), ranks[method],
-                                       drafter.tree.top_k, self._bounds.sizes, self._bounds.depths)
+            found += cost_search.trees(method, watch.drafting(method, drafter, plain), ranks[method], drafter.tree.top_k,
+                                       self._bounds.sizes, self._bounds.depths)
         if "spec" in drafters:
-            found += self._chains(drafters["spec"], watch, costs)
+            agreements = [self._agreement(drafters["spec"].model, answer) for answer in self._answers]
+            found += cost_search.chains(watch.drafting("spec", drafters["spec"], plain), agreements, self._bounds.lengths)
         if "hier" in drafters:
-            more, small = self._hierarchies(drafters["hier"], watch, costs)
-            found += more
-            verify.setdefault(f"small model, {self._bench.small_model.precision}", small)
+            seen = self._small_ranks(drafters["hier"])
+            costs = watch.drafting("hier", drafters["hier"], plain)
+            found += self._hierarchies(drafters["hier"], seen, costs)
+            verify.setdefault(f"small model, {self._bench.small_model.precision}", costs.small_verify)
         for precision in precisions:
             if precision not in verify:
                 model = self._bench.target.with_precision(precision)
-                verify[precision] = self._stopwatch(model).verify(precision, self._bounds.ladder.depths[-1])
+                verify[precision] = self._stopwatch(model).verify(precision)
         return Findings(predictions=tuple(found), verify=verify, answers=len(self._answers),
                         tokens=sum(len(answer.tokens) for answer in self._answers))
 
@@ -139,7 +139,8 @@ class Study:
         """Behind as many tokens as the answers have in the middle."""
         live = round(np.mean([len(answer.prompt) + len(answer.tokens) / 2 for answer in self._answers]))
         text = [token for answer in self._answers for token in (*answer.prompt, *answer.tokens.tolist())]
-        return Stopwatch(model, self._timing, (text * math.ceil(live / len(text)))[:live], self._bounds.ladder, self._say)
+        prompt = tuple((text * math.ceil(live / len(text)))[:live])
+        return Stopwatch(model=model, config=self._timing, prompt=prompt, ladder=self._bounds.ladder, say=self._say)
 
     def _watched(self, model: sm.Model, head: sm.EagleDrafter | None) -> list[Watched]:
         watch = Watch(model, self._bench.config, head, self._places)
@@ -148,10 +149,10 @@ class Study:
     def _reference(self, method: str) -> Choice:
         """The setting whose whole rounds are timed: that of the models, within the bounds."""
         models, ladder = self._bench.models, self._bounds.ladder
-        tree = dataclasses.replace(models.tree, depth=min(models.tree.depth, ladder.depths[-1]), size=2)
+        tree = sm.TreeConfig.fitting(min(models.tree.depth, ladder.depths[-1]), models.tree.top_k,
+                                     min(models.tree.size, ladder.rows[-1]))
         return Choice(
-            method=method, tree=dataclasses.replace(tree, size=min(models.tree.size, ladder.rows[-1], tree.candidates + 1)),
-            draft_length=min(models.draft_length, ladder.lengths[-1]),
+            method=method, tree=tree, draft_length=min(models.draft_length, ladder.lengths[-1]),
             min_draft_length=min(models.min_draft_length, self._bounds.min_draft_length))
 
     def _deepest(self, drafter: sm.EagleDrafter) -> sm.EagleDrafter:
@@ -165,52 +166,15 @@ class Study:
         self._answers = self._answers or answers
         return [text_ranks(answer.seen, answer.tokens) for answer in answers if len(answer.tokens) > 1]
 
-    def _eagle_costs(self, method: str, drafter: sm.EagleDrafter, watch: Stopwatch, costs: Costs) -> Costs:
-        costs = dataclasses.replace(costs, draft=self._draft_curve(method, watch, drafter))
-        parts = costs.tree_round(drafter.tree.depth, drafter.tree.size)
-        return dataclasses.replace(costs, rest=self._rest(method, watch.rounds(method, drafter), parts))
-
-    def _draft_curve(self, name: str, watch: Stopwatch, drafter: sm.EagleDrafter) -> Curve:
-        return watch.draft(name, eagle_drafters(drafter.head, drafter.tree.top_k, self._bounds.ladder.depths,
-                                                drafter.tree.size))
-
-    def _chains(self, drafter: sm.ChainDrafter, watch: Stopwatch, costs: Costs) -> list[Prediction]:
-        drafters = {rung: dataclasses.replace(drafter, length=rung) for rung in self._bounds.ladder.lengths}
-        costs = dataclasses.replace(costs, draft=watch.draft("spec", drafters))
-        parts = costs.tree_round(drafter.length, drafter.length + 1)
-        costs = dataclasses.replace(costs, rest=self._rest("spec", watch.rounds("spec", drafter), parts))
-        agreements = [self._agreement(drafter.model, answer) for answer in self._answers]
-        return list(cost_search.chains(costs, agreements, self._bounds.lengths))
-
-    def _rest(self, name: str, whole: Whole, parts: float) -> float:
-        """What a round takes beside its parts."""
-        if parts > (1 + BUSY) * whole.seconds:
-            self._say(f"{name}: drafting and verification took {1e3 * parts:.2f} ms apart and {1e3 * whole.seconds:.2f} ms in "
-                      "a round; something else keeps the device busy, and the predictions will be off")
-        return max(0.0, whole.seconds - parts)
-
     @staticmethod
     def _agreement(small_model: sm.Model, answer: Watched) -> np.ndarray:
         return agreement(greedy_choices(small_model, answer.prompt, answer.tokens), answer.tokens)
 
-    def _hierarchies(self, drafter: sm.HierarchicalDrafter, watch: Stopwatch, costs: Costs) -> tuple[list[Prediction], Curve]:
-        """The predictions, and T_v(n) of the small model."""
-        inner = drafter.inner
-        seen = self._small_ranks(drafter)
-        small = self._stopwatch(drafter.model)
-        costs = dataclasses.replace(costs, small_verify=small.verify("the small model", self._bounds.ladder.depths[-1]),
-                                    draft=self._draft_curve("the small model's head", small, inner))
-        alone = small.rounds("the small model", inner)
-        costs = dataclasses.replace(costs, small_rest=self._rest(
-            "the small model", alone, costs.inner_round(inner.tree.depth, inner.tree.size)))
-        whole = watch.hierarchical_rounds("hier", drafter)
-        parts = costs.hierarchical_round(inner.tree.depth, inner.tree.size, drafter.min_draft_length, whole.inner_rounds,
-                                         whole.ahead)
-        costs = dataclasses.replace(costs, rest=self._rest("hier", whole, parts))
+    def _hierarchies(self, drafter: sm.HierarchicalDrafter, seen: Sequence[SmallRanks], costs: Costs) -> Iterator[Prediction]:
         sizes = [rows for rows in self._bounds.ladder.rows if rows > 1]
         lengths = range(1, self._bounds.min_draft_length + 1)
-        return list(cost_search.hierarchies(costs, seen, inner.tree.top_k, sizes, self._bounds.depths, lengths,
-                                            always_ahead=drafter.draft_model_start)), costs.small_verify
+        return cost_search.hierarchies(costs, seen, drafter.inner.tree.top_k, sizes, self._bounds.depths, lengths,
+                                       always_ahead=drafter.draft_model_start)
 
     def _small_ranks(self, drafter: sm.HierarchicalDrafter) -> list[SmallRanks]:
         """The small model's head along the target's answers, and along the small model's own text wherever that leaves them."""

@@ -67,10 +67,6 @@ class Observer:
     def scratch_rows(self) -> int:
         return self.watched.scratch_rows
 
-    @property
-    def round_bytes(self) -> int:
-        return self.watched.round_bytes
-
     def check(self, target: sm.LlamaConfig, *, max_len: int | None = None) -> None:
         self.watched.check(target, max_len=max_len)
 
@@ -118,7 +114,7 @@ def _all_candidates(drafter: sm.EagleDrafter, params: Any, state: EagleState, ro
             levels.append(scores.reshape(-1))
             return scores, tokens
 
-    whole = dataclasses.replace(drafter.tree, size=drafter.tree.candidates + 1)
+    whole = sm.TreeConfig.fitting(drafter.tree.depth, drafter.tree.top_k)
     tree, state = Scoring(drafter.head, whole).propose(params, state, root)
     scores, start = levels[0], drafter.tree.top_k
     for level in levels[1:]:

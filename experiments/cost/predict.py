@@ -7,10 +7,10 @@ import jax
 import specmq_jax as sm
 from experiments.answers import metrics
 from experiments.cost.cost_study import Bounds, Findings, Study
-from experiments.cost.step_costs import Ladder, Say
 from experiments.running import methods
 from experiments.running.methods import Choice, Workbench
 from experiments.running.settings import Settings
+from specmq_jax.decoding.costs.stopwatch import Ladder, Say
 
 # kernels take rows in tiles of 8, 16 and 32, behind the end of each of which the time leaps
 CPU_ROWS, GPU_ROWS = (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 60, 64)

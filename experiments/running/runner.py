@@ -18,7 +18,6 @@ from experiments.answers.answer_format import Answer, Turn
 from experiments.answers.scoring import Score
 from experiments.benchmarks import stop_strings
 from experiments.benchmarks.benchmark import MT_BENCH, Bench, Benchmark
-from experiments.cost.step_costs import rounds_ahead
 from experiments.inputs import questions
 from experiments.inputs.questions import Question
 from experiments.running import claims, methods
@@ -27,6 +26,7 @@ from experiments.running.progress import ANSWERING, Reporter, progress
 from experiments.running.settings import Settings
 from experiments.timing import device
 from specmq_jax import tokenizer as tokens
+from specmq_jax.decoding.costs.traffic import rounds_ahead
 from specmq_jax.decoding.sampling import Greedy
 from specmq_jax.errors import UserError
 from specmq_jax.loading.memory import Plan
@@ -259,8 +259,7 @@ def inner_work(found: Sequence[Answer], drafter: sm.HierarchicalDrafter) -> dict
     for answer in found:
         lengths, accepted = iter(answer.draft_accept_lengths), iter(answer.accept_lengths)
         for steps in answer.decoding_steps:  # of a turn, which begins with the small model level with the target
-            ahead += rounds_ahead(list(itertools.islice(accepted, steps)), lengths, drafter.min_draft_length,
-                                  always_ahead=drafter.draft_model_start)
+            ahead += rounds_ahead(drafter, list(itertools.islice(accepted, steps)), lengths)
         rounds, inner = rounds + len(answer.accept_lengths), inner + len(answer.draft_accept_lengths)
     return {"inner_rounds": inner / rounds, "ahead": ahead / rounds}
 

@@ -12,13 +12,12 @@ import numpy as np
 from jaxtyping import Int32
 
 import specmq_jax as sm
-from experiments.cost.step_costs import rounds_ahead
 from experiments.timing.random_models import Drafting
-from experiments.timing.timed_loops import Loop, Timing, repeated_draft, repeated_pass, repeated_verify, some_tree, time_loop
-from specmq_jax.decoding import traffic
 from specmq_jax.decoding.compilation import enable_persistent_cache
-from specmq_jax.decoding.tree import DraftTree
-from specmq_jax.loading.memory import check_room
+from specmq_jax.decoding.costs import traffic
+from specmq_jax.decoding.costs.parts import Parts, repeated_pass, some_tree
+from specmq_jax.decoding.costs.timing import Timing, time_loop
+from specmq_jax.loading.memory import check_room, tree_bytes
 from specmq_jax.network.cache import KVCache
 
 PARTS = ("verify", "draft", "step", "prefill")
@@ -77,7 +76,7 @@ class Measure:
       context: tokens in the cache before each step, 0 for a prefill.
       rows: that the target takes in one pass, or that a prompt has; None where only a drafter runs.
       timing: of the step.
-      moved: bytes that a step must move, as in `experiments.traffic`.
+      moved: bytes that a step must move, as in `specmq_jax.decoding.costs.traffic`.
       held: bytes of the weights and caches in use, the drafter's included.
       peak: bytes of device memory, the most since the process began; None where the device doesn't tell.
       accept_length: tokens that a round committed; None where none were.
@@ -109,7 +108,7 @@ class Measure:
     @property
     def median(self) -> float:
         """Seconds a step."""
-        return float(np.median(self.timing.seconds))
+        return self.timing.median
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -150,12 +149,12 @@ class _Bench:
         """T_v(n), the target's pass over n rows with the best token after each; T_v(1) is plain decoding's T_t."""
         target = self._target
         cache = _random_cache(target, -(-(self._decode_config.max_len + max(self._settings.rows)) // 128) * 128)
-        held = _bytes(target.params) + _bytes(cache)
+        held = tree_bytes(target.params, cache)
         for rows in self._settings.rows:
             loop = repeated_pass(self._plain.module)
             for context in self._settings.contexts:
                 carry = cache.rewind(context), some_tree(rows, target.config.vocab_size)
-                timing, _, (cache, _) = self._time(loop, target.params, carry)
+                timing, _, (cache, _) = time_loop(loop, target.params, carry, runs=self._settings.runs)
                 yield self._figure("verify", f"T_v({rows})", timing, context=context, rows=rows, held=held,
                                    moved=traffic.pass_bytes(target, context))
 
@@ -175,30 +174,26 @@ class _Bench:
         """A method's drafting alone, the verification of its drafts, and whole rounds."""
         drafter = self._settings.drafting.drafter(method, self._target)
         decoder = sm.Decoder(self._target, drafter, self._decode_config)
-        draft, check = repeated_draft(drafter), repeated_verify(decoder.module)
+        parts = Parts(decoder, runs=self._settings.runs)
         for context in self._settings.contexts:
-            yield from self._rounds(method, decoder, draft, check, context)
+            yield from self._rounds(method, decoder, parts, context)
         if isinstance(drafter, sm.HierarchicalDrafter) and "draft" in self._settings.parts:
             yield from self._inner(method, drafter)
 
-    def _rounds(self, method: str, decoder: sm.Decoder, draft: Loop, check: Loop, context: int) -> Iterator[Measure]:
-        drafter, parts = decoder.drafter, self._settings.parts
+    def _rounds(self, method: str, decoder: sm.Decoder, parts: Parts, context: int) -> Iterator[Measure]:
+        drafter, wanted = decoder.drafter, self._settings.parts
         about = {"method": method, "context": context, "held": _held(decoder)}
-        state = decoder.prefill(_prompt(context, self._target))
-        if "draft" in parts and drafter.max_depth:
-            carry = state.tokens[0], state.drafter
-            timing, (_, end), (_, start) = self._time(draft, drafter.params, carry, most=_most_rounds(drafter))
-            state, inner = state.replace(drafter=start), _inner_rounds(drafter, end, timing.steps)
+        parts.start(_prompt(context, self._target))
+        if "draft" in wanted and drafter.max_depth:
+            timing, end = parts.draft()
+            inner = _inner_rounds(drafter, end, timing.steps)
             yield self._figure("draft", f"{method} draft", timing, **about, inner_rounds=inner,
                                moved=traffic.draft_bytes(drafter, context, inner or 0))
-        if "step" in parts and drafter.max_depth:
-            carry = state.cache, _draft_tree(drafter, self._target)
-            timing, _, (cache, _) = self._time(check, self._target.params, carry)
-            state = state.replace(cache=cache)
-            yield self._figure("step", f"{method} verify", timing, **about, rows=drafter.tree_size,
+        if "step" in wanted and drafter.max_depth:
+            yield self._figure("step", f"{method} verify", parts.verify(), **about, rows=drafter.tree_size,
                                moved=traffic.pass_bytes(self._target, context))
-        if "step" in parts:
-            timing, end = self._whole_rounds(decoder, state)
+        if "step" in wanted:
+            timing, end = parts.rounds()
             inner = _inner_rounds(drafter, end.drafter, timing.steps)
             yield self._figure("step", f"{method} step", timing, **about, rows=drafter.tree_size, inner_rounds=inner,
                                moved=traffic.round_bytes(self._target, drafter, context, inner or 0, _ahead(drafter, end)),
@@ -207,18 +202,13 @@ class _Bench:
     def _inner(self, method: str, drafter: sm.HierarchicalDrafter) -> Iterator[Measure]:
         """Rounds of a hierarchical drafter's small model."""
         small, decoder = drafter.model, sm.Decoder(drafter.model, drafter.inner, self._decode_config)
+        parts = Parts(decoder, runs=self._settings.runs)
         for context in self._settings.contexts:
-            timing, end = self._whole_rounds(decoder, decoder.prefill(_prompt(context, small)))
+            parts.start(_prompt(context, small))
+            timing, end = parts.rounds()
             yield self._figure("draft", f"{method} inner round", timing, method=method, context=context,
-                               held=_held(decoder) + _bytes(self._target.params), accept_length=_accept_length(end),
+                               held=_held(decoder) + tree_bytes(self._target.params), accept_length=_accept_length(end),
                                moved=traffic.round_bytes(small, drafter.inner, context))
-
-    def _whole_rounds(self, decoder: sm.Decoder, state: sm.DecodeState) -> tuple[Timing, sm.DecodeState]:
-        # the loop of `generate`, which would take the prompt in anew for every run
-        return self._time(decoder.loop, decoder.params, state, most=_most_rounds(decoder.drafter))[:2]
-
-    def _time(self, loop: Loop, params: Any, carry: Any, **bound: int) -> tuple[Timing, Any, Any]:
-        return time_loop(loop, params, carry, runs=self._settings.runs, **bound)
 
     def _figure(self, part: str, name: str, timing: Timing, **fields: Any) -> Measure:
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -237,19 +227,8 @@ def _random_cache(model: sm.Model, rows: int) -> KVCache:
     return KVCache(keys=tuple(keys), values=tuple(values), length=jnp.int32(0), limit=rows)
 
 
-def _draft_tree(drafter: sm.Drafter, target: sm.Model) -> DraftTree:
-    """A tree of the sizes of the drafter's."""
-    tree = some_tree(drafter.tree_size, target.config.vocab_size)
-    return tree.replace(max_depth=drafter.max_depth) if isinstance(drafter, sm.EagleDrafter) else DraftTree.chain(tree.tokens)
-
-
 def _prompt(length: int, model: sm.Model) -> Int32[np.ndarray, "n"]:
     return np.random.default_rng(length).integers(0, model.config.vocab_size, length).astype(np.int32)
-
-
-def _most_rounds(drafter: sm.Drafter) -> int:
-    """That the cache has room for, even if everything is accepted."""
-    return max(1, _ROOM // (drafter.max_depth + 1))
 
 
 def _inner_rounds(drafter: sm.Drafter, end: Any, rounds: int) -> float | None:
@@ -262,8 +241,8 @@ def _ahead(drafter: sm.Drafter, end: sm.DecodeState) -> float:
     rounds = int(end.rounds)
     if not isinstance(drafter, sm.HierarchicalDrafter) or not rounds:
         return 0.0
-    return rounds_ahead(np.asarray(end.accept_lengths)[:rounds].tolist(), drafter.accept_lengths(end.drafter).tolist(),
-                        drafter.min_draft_length, always_ahead=drafter.draft_model_start) / rounds
+    accepted = np.asarray(end.accept_lengths)[:rounds].tolist()
+    return traffic.rounds_ahead(drafter, accepted, drafter.accept_lengths(end.drafter).tolist()) / rounds
 
 
 def _accept_length(end: sm.DecodeState) -> float | None:
@@ -272,9 +251,4 @@ def _accept_length(end: sm.DecodeState) -> float | None:
 
 
 def _held(decoder: sm.Decoder) -> int:
-    return _bytes(decoder.params) + decoder.state_bytes
-
-
-def _bytes(tree: Any) -> int:
-    """Of arrays, each counted once wherever it stands."""
-    return sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+    return tree_bytes(decoder.params) + decoder.state_bytes

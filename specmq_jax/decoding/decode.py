@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax import words
-from specmq_jax.decoding import traffic
 from specmq_jax.decoding.compilation import compiler_options, enable_persistent_cache
 from specmq_jax.decoding.config import DecodeConfig
+from specmq_jax.decoding.costs import parts, traffic
+from specmq_jax.decoding.costs.parts import PhaseTimes
 from specmq_jax.decoding.drafters import Drafter, NoDrafter
-from specmq_jax.decoding.phases import PhaseTimes, measure_phases
 from specmq_jax.decoding.sampling import seed_key
 from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.decoding.verification import are_sound, verify
@@ -300,7 +300,7 @@ class Decoder:
         Raises:
           UserError: as in `prefill`, or the cache has no room for a round behind the prompt.
         """
-        return measure_phases(self, prompt_ids, repeats)
+        return parts.phase_times(self, prompt_ids, repeats)
 
     def _checked(self, prompt_ids: Sequence[int]) -> Int32[np.ndarray, "n"]:
         prompt = check_tokens(prompt_ids, self.target.config)

@@ -17,8 +17,9 @@ from rich.console import Console
 import specmq_jax as sm
 from experiments import decode_bench
 from experiments.running.methods import NAMES
-from experiments.timing import random_models, step_times, timed_loops
-from specmq_jax.decoding import traffic
+from experiments.timing import random_models, step_times
+from specmq_jax.decoding.costs import traffic
+from specmq_jax.decoding.costs.timing import time_loop
 from specmq_jax.errors import UserError
 from specmq_jax.network.cache import KVCache
 
@@ -99,11 +100,22 @@ def target():
     return sm.random_model(TINY, "fp32")
 
 
+def drafting_weights(drafter):
+    match drafter:
+        case sm.EagleDrafter():
+            return TREE.depth * drafter.head.weight_bytes
+        case sm.ChainDrafter():
+            return DRAFTING.length * drafter.model.weight_bytes
+        case sm.HierarchicalDrafter():
+            return drafter.model.weight_bytes + drafting_weights(drafter.inner)
+    return 0
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_bytes_of_a_round_are_the_weights_of_its_passes_and_the_live_rows(target, method):
     drafter = DRAFTING.drafter(method, target)
     decoder = sm.Decoder(target, drafter, sm.DecodeConfig(max_len=64))
-    weights = drafter.round_bytes + target.weight_bytes
+    weights = drafting_weights(drafter) + target.weight_bytes
     # fc of an EAGLE-3 head works on the target's states alone, at one level
     weights -= 3 * 64 * 64 * 4 * (TREE.depth - 1) if method == "eagle3" else 0
     if method == "hier":  # and a pass that advances the inner head behind the target's verification
@@ -130,7 +142,7 @@ def test_each_run_begins_where_the_first_began_and_drafts_change_no_token(target
     config = sm.DecodeConfig(max_len=128)
     decoder = sm.Decoder(target, DRAFTING.drafter(method, target), config)
     prompt = list(range(30))
-    timing, end, state = timed_loops.time_loop(decoder._run, decoder.params, decoder.prefill(prompt), runs=2, most=5)
+    timing, end, state = time_loop(decoder._run, decoder.params, decoder.prefill(prompt), runs=2, most=5)
     assert len(timing.seconds) == 2 and int(end.rounds) == timing.steps <= 5
     assert int(state.length) == 31 and int(state.rounds) == 0
     for _ in range(6):

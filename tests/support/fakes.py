@@ -39,7 +39,6 @@ class OracleDrafter:
     parent: np.ndarray
     right: np.ndarray
     vocab: int
-    round_bytes: int = 0
     capture: tuple = ()
     scratch_rows: int = 0
 

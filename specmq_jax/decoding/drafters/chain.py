@@ -72,10 +72,6 @@ class ChainDrafter:
     def max_depth(self) -> int:
         return self.length
 
-    @property
-    def round_bytes(self) -> int:
-        return self.length * self.model.weight_bytes
-
     def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         check_vocabulary(self.model.config, target)
         check_lengths(self.model.config, self.max_depth, max_len)

@@ -112,10 +112,6 @@ class EagleDrafter:
     def max_depth(self) -> int:
         return self.tree.depth
 
-    @property
-    def round_bytes(self) -> int:
-        return self.tree.depth * self.head.weight_bytes
-
     def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         self.head.check(target)
         check_depth(self.max_depth, max_len)

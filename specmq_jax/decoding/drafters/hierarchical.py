@@ -99,11 +99,6 @@ class HierarchicalDrafter:
     def scratch_rows(self) -> int:
         return self.tree_size + max(self.inner.tree_size, self.inner.scratch_rows)
 
-    @property
-    def round_bytes(self) -> int:
-        """Of one inner round; how many a round takes depends on what they accept."""
-        return self.model.weight_bytes + self.inner.round_bytes
-
     def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         check_vocabulary(self.model.config, target)
         check_lengths(self.model.config, self.max_depth, max_len)

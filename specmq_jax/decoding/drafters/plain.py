@@ -18,7 +18,6 @@ class NoDrafter:
     tree_size: int = 1
     scratch_rows: int = 0
     max_depth: int = 0
-    round_bytes: int = 0
 
     def __repr__(self) -> str:
         return "NoDrafter()"

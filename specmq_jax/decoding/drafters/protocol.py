@@ -36,11 +36,6 @@ class Drafter(Protocol):
     def max_depth(self) -> int:
         """Deepest level of drafted tokens."""
 
-    @property
-    def round_bytes(self) -> int:
-        """Bytes of weights that one `propose` and `advance` read, each pass counted; `decoding.traffic` reckons
-        those of this package's own drafters, with their caches."""
-
     def check(self, target: LlamaConfig, *, max_len: int | None = None) -> None:
         """Raises a `UserError` where the drafter can't draft for that target or, if it is given, for `max_len` tokens."""
 

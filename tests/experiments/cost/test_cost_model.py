@@ -16,14 +16,15 @@ import specmq_jax as sm
 from experiments import cost_model
 from experiments.cost import auto, cost_plots, cost_search, predict
 from experiments.cost.acceptance import Count, Seen, SmallModel, agreement, count_rounds, text_ranks, tree_lengths
-from experiments.cost.cost_search import Costs
 from experiments.cost.cost_study import Bounds, Findings, Study
 from experiments.cost.observation import Watch
-from experiments.cost.step_costs import Curve, Ladder, rounds_ahead
 from experiments.running.methods import Choice, Models
 from experiments.running.methods import load as load_models
 from experiments.running.settings import Settings
 from experiments.timing.random_models import random_head
+from specmq_jax.decoding.costs.stopwatch import Ladder
+from specmq_jax.decoding.costs.table import Costs, Curve
+from specmq_jax.decoding.costs.traffic import rounds_ahead
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -118,7 +119,7 @@ def test_a_hierarchys_rounds_are_told_from_what_its_parts_do(bench, small_ranks,
     decoder = sm.Decoder(bench.target, drafter, DECODE)
     for prompt, answer in zip(PROMPTS, small_ranks, strict=True):
         real, count = decoder.generate(prompt, FEW_TOKENS), answer.shaped(tree).count(length, always_ahead=model_start)
-        everything = rounds_ahead(real.accept_lengths, real.draft_accept_lengths, length, always_ahead=model_start)
+        everything = rounds_ahead(drafter, real.accept_lengths, real.draft_accept_lengths)
         assert abs(everything - count.ahead) <= 2
         # what lies behind the end of an answer is not seen, so that the last round may differ
         assert abs(count.rounds - len(real.accept_lengths)) <= 1 and count.rounds < FEW_TOKENS - 1
@@ -167,12 +168,6 @@ def test_a_hierarchy_drafts_on_where_it_has_strayed_until_its_least_length():
     assert small.count(5) == Count(tokens=6, rounds=2, inner_rounds=6, drafted=11, ahead=0)
     # after a round whose drafts were all right the small model is a token ahead, which is draft enough
     assert small.count(1) == Count(tokens=6, rounds=3, inner_rounds=1, drafted=2, ahead=3)
-
-
-def test_the_passes_ahead_follow_from_the_accept_lengths():
-    # drafts 2 + 2, keeps 2; drafts 2 + 3, all right, so one ahead; drafts 1 + 2, all right
-    assert rounds_ahead([3, 6, 4], [2, 2, 2, 3, 2], 3) == 2
-    assert rounds_ahead([3, 2, 1], [2, 2, 2, 1, 1], 3, always_ahead=True) == 3
 
 
 COSTS = Costs(plain=10.0, verify=Curve(at=(1, 3, 5), seconds=(10.0, 12.0, 20.0)), draft=Curve(at=(1, 3), seconds=(1.0, 3.0)),

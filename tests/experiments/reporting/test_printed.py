@@ -20,9 +20,8 @@ from checkpoints_tools import arguments
 from experiments import speedup
 from experiments.answers import metrics
 from experiments.cost import cost_plots
-from experiments.cost.cost_search import Costs, chains
+from experiments.cost.cost_search import chains
 from experiments.cost.cost_study import Findings
-from experiments.cost.step_costs import Curve, Span, isotonic
 from experiments.display import colors, plots, tables
 from experiments.display.cells import NO_VALUE, change, milliseconds, number, part, percent, significant, times
 from experiments.display.time_left import Pace
@@ -31,7 +30,7 @@ from experiments.running import methods, progress, runner
 from experiments.running.methods import Choice
 from experiments.serving import answer_view
 from experiments.timing import device
-from experiments.timing.timed_loops import _timing
+from specmq_jax.decoding.costs.table import Costs, Curve, Span
 from specmq_jax.words import count
 
 
@@ -280,29 +279,6 @@ def test_a_picture_of_a_run_without_speeds_can_be_drawn(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@lengths
-def test_a_curve_never_falls_and_lies_nearest_to_what_was_measured(examples):
-    @searching(examples)
-    @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=12))
-    def check(values):
-        found = isotonic(values)
-        assert all(left <= right * (1 + 1e-9) for left, right in zip(found, found[1:], strict=False))
-        assert math.fsum(found) == pytest.approx(math.fsum(values)) and len(found) == len(values)
-        assert isotonic(sorted(values)) == tuple(sorted(values))
-        level = math.fsum(values) / len(values)  # a constant does not fall either, and lies no nearer
-        assert sum((f - v) ** 2 for f, v in zip(found, values, strict=True)) <= 1e-6 + sum((level - v) ** 2 for v in values)
-
-    check()
-    assert isotonic([1.0, 3.0, 2.0, 4.0]) == (1.0, 2.5, 2.5, 4.0)
-
-
-def test_a_curve_says_how_far_it_is_from_what_was_measured():
-    spans = [Span(median=median, fastest=0.9 * median, slowest=2 * median) for median in (1.0, 3.0, 2.0)]
-    curve = Curve.rising((1, 2, 4), spans)
-    assert curve.seconds == (1.0, 2.5, 2.5) and curve.fall == pytest.approx(0.2)
-    assert curve.fastest(1) == 0.9 and curve.slowest(1) == 2.0 and Curve(at=(1,), seconds=(5.0,)).fall == 0.0
-
-
 def test_a_prediction_has_the_spread_of_its_parts_and_counts_tokens_as_a_run_does():
     verify = Curve.rising((1, 4), [Span(median=1.0, fastest=0.5, slowest=3.0), Span(median=2.0, fastest=1.0, slowest=5.0)])
     costs = Costs(plain=1.0, plain_spread=(0.5, 3.0), verify=verify, draft=Curve(at=(0, 3), seconds=(0.0, 0.3)), rest=0.1)
@@ -319,25 +295,6 @@ def test_the_cost_curves_are_drawn(tmp_path):
     found = tuple(chains(costs, [[3, 2, 1, 0]], [1, 2, 3]))
     cost_plots.plot(Findings(predictions=found, verify={"fp16": verify}, answers=1, tokens=5), "t", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_loop_whose_steps_noise_hides_has_an_upper_bound_for_a_time():
-    clear = _timing([1.0, 1.2], [5.1, 5.3], 5, 9.0)
-    assert clear.seconds == pytest.approx((1.0, 1.05)) and not clear.is_bound and clear.call == pytest.approx(0.075)
-    hidden = _timing([1.0, 1.2], [1.0, 5.3], 5, 9.0)
-    assert hidden.seconds == pytest.approx((0.2, 1.06)) and hidden.is_bound and hidden.call is None
-    assert _timing([], [2.0], 1, 9.0).seconds == (2.0,)
-
-
-@lengths
-def test_a_step_takes_more_than_no_time(examples):
-    @searching(examples)
-    @given(st.lists(st.floats(1e-6, 10), min_size=1), st.lists(st.floats(1e-6, 10), min_size=1), st.integers(2, 64))
-    def check(short, long, steps):
-        timing = _timing(short, long, steps, 1.0)
-        assert min(timing.seconds) > 0 and (timing.call is None or timing.call >= 0)
-
-    check()
 
 
 def test_the_time_left_follows_from_the_pace():

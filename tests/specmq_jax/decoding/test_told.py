@@ -3,13 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from fuzzing import lengths, searching
-from hypothesis import given
-from hypothesis import strategies as st
 
 import specmq_jax as sm
 from experiments.timing import device
-from specmq_jax.decoding.phases import seconds_each
 from specmq_jax.loading.memory import Room
 from specmq_jax.loading.model import Outline, outline
 
@@ -50,34 +46,6 @@ def test_a_state_is_one_short_line_in_and_out_of_jitted_functions(tiny):
 def test_a_generation_is_one_short_line(tiny):
     said = repr(sm.Decoder(tiny, config=sm.DecodeConfig(max_len=64)).generate([1, 2, 3], 2))
     assert said.startswith("Generation(2 tokens in 1 round, ") and said.endswith("stopped=False)") and len(said) < 150
-
-
-def test_a_phase_is_the_difference_of_calls_by_its_steps():
-    assert seconds_each(lambda steps: 5.0 + 0.25 * steps, most=8, repeats=3) == pytest.approx(0.25)
-    assert seconds_each(lambda steps: 5.0 + 0.25 * steps, most=1, repeats=3) == 5.25
-
-
-def test_a_phase_that_noise_hides_is_tried_with_more_steps_and_then_not_measured():
-    asked = []
-
-    def noisy(steps):
-        asked.append(steps)
-        return 1.0 if steps == 1 else 0.9
-
-    assert seconds_each(noisy, most=20, repeats=2) is None
-    assert sorted(set(asked)) == [1, 8, 16, 20]
-    assert seconds_each(lambda steps: 1.0 if steps < 16 else 31.0, most=100, repeats=2) == 2.0
-
-
-@lengths
-def test_no_phase_takes_less_than_nothing(examples):
-    @searching(examples)
-    @given(st.data(), st.integers(1, 64), st.integers(1, 4))
-    def check(data, most, repeats):
-        found = seconds_each(lambda steps: data.draw(st.floats(1e-7, 10)), most, repeats)
-        assert found is None or found > 0
-
-    check()
 
 
 def test_the_copy_speed_is_measured_anew_each_time():

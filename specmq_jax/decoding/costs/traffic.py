@@ -1,6 +1,6 @@
 """Bytes that decoding must move: each weight once for every pass that uses it, and the live rows of that pass's cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ def pass_bytes(model: Model, live: int) -> int:
 
 
 def draft_bytes(drafter: Drafter, live: int, inner_rounds: float = 0) -> float:
-    """Bytes of one `propose` behind `live` tokens; `inner_rounds` is how many rounds a hierarchical one takes. Of a drafter
-    of another kind, what it says of a whole round."""
+    """Bytes of one `propose` behind `live` tokens; `inner_rounds` is how many rounds a hierarchical one takes. A drafter of
+    another kind counts with all its arrays at each of its levels."""
     match drafter:
         case EagleDrafter():
             levels = drafter.tree.depth - 1
@@ -34,7 +34,7 @@ def draft_bytes(drafter: Drafter, live: int, inner_rounds: float = 0) -> float:
             return drafter.length * pass_bytes(drafter.model, live)
         case HierarchicalDrafter():
             return inner_rounds * round_bytes(drafter.model, drafter.inner, live)
-    return drafter.round_bytes
+    return drafter.max_depth * tree_bytes(drafter.params)
 
 
 def round_bytes(target: Model, drafter: Drafter, live: int, inner_rounds: float = 0, ahead: float = 0) -> float:
@@ -53,6 +53,24 @@ def round_bytes(target: Model, drafter: Drafter, live: int, inner_rounds: float 
     elif isinstance(drafter, EagleDrafter):
         advance = _layer_bytes(drafter.head, live, own=False)
     return draft_bytes(drafter, live, inner_rounds) + pass_bytes(target, live) + advance
+
+
+def rounds_ahead(drafter: HierarchicalDrafter, accepted: Sequence[int], inner: Iterable[int]) -> int:
+    """Rounds behind which a hierarchy's small model goes a token ahead.
+
+    Args:
+      drafter: the hierarchy.
+      accepted: accept length of each round.
+      inner: those of the small model's rounds; of an iterator no more is taken than these rounds had.
+    """
+    lengths, ahead, total = iter(inner), False, 0
+    for length in accepted:
+        drafted = int(ahead)
+        while drafted < drafter.min_draft_length:
+            drafted += int(next(lengths))
+        ahead = length > drafted or drafter.draft_model_start
+        total += ahead
+    return total
 
 
 def _scoring_bytes(head: Head) -> int:
