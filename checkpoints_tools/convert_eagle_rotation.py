@@ -26,6 +26,7 @@ from specmq_jax.loading.checkpoint import write_json
 from specmq_jax.loading.head import outline_head
 from specmq_jax.loading.head_checks import check_draft_ids, check_finite
 from specmq_jax.loading.head_file import HeadFiles
+from specmq_jax.loading.head_tensors import EMBED, FC, LM_HEAD, ROTATION
 from specmq_jax.loading.model import Outline
 from specmq_jax.network.eagle import ROTATED_TARGET, EagleConfig
 
@@ -54,7 +55,7 @@ def convert_head(eagle: str | pathlib.Path, base: str | pathlib.Path, rotation: 
     check_finite(eagle, found)
     check_draft_ids(eagle, found, config.vocab_size)
     tensors = own_tables(reader) | dict(found) | undo_rotation(
-        config, found["fc.weight"], np.asarray(reader.read("norm/scale")), matrix)
+        config, found[FC], np.asarray(reader.read("norm/scale")), matrix)
     settings = read_json(eagle / "config.json") | ({ROTATED_TARGET: True} if config.version == 3 else {})
     with staged(output) as directory:
         save_tensors(directory / "model.safetensors", tensors)
@@ -66,9 +67,9 @@ def own_tables(reader: Reader) -> dict[str, np.ndarray]:
     """The base's embedding and lm_head: a head without its own can't take those of a rotated target."""
     embed = np.asarray(reader.read("embed/table"))
     if reader.llama.tie_embeddings:
-        return {"embed_tokens.weight": embed, "lm_head.weight": embed}
+        return {EMBED: embed, LM_HEAD: embed}
     lm_head = np.asarray(dense_values(reader.read("lm_head/w"))).astype(reader.formats.head.dtype, copy=False)
-    return {"embed_tokens.weight": embed, "lm_head.weight": lm_head.T}
+    return {EMBED: embed, LM_HEAD: lm_head.T}
 
 
 def undo_rotation(config: EagleConfig, fc: Float[np.ndarray, "D F"], norm: Float[np.ndarray, "D"],
@@ -82,8 +83,8 @@ def undo_rotation(config: EagleConfig, fc: Float[np.ndarray, "D F"], norm: Float
     rotation = rotation.astype(np.float64)
     if config.version == 3:
         streams = fc.astype(np.float64).reshape(len(fc), -1, len(rotation))
-        return {"fc.weight": (streams @ rotation).reshape(fc.shape).astype(np.float32)}
-    return {"rms_norm_rotation.weight": (norm.astype(np.float64)[:, None] * rotation).astype(np.float32)}
+        return {FC: (streams @ rotation).reshape(fc.shape).astype(np.float32)}
+    return {ROTATION: (norm.astype(np.float64)[:, None] * rotation).astype(np.float32)}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int32
 
 from checkpoints_tools.training.batched import Params
@@ -14,6 +15,7 @@ from checkpoints_tools.writers.shards import save_tensors
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, staged
 from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.loading.head_tensors import head_tensors
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.eagle import EagleConfig, eagle_config
 
@@ -50,29 +52,18 @@ def new_config(official: Mapping[str, Any], target: LlamaConfig) -> EagleConfig:
 
 def initial_parameters(config: EagleConfig, target: Params, ids: Int32[np.ndarray, "V"] | None, key: Array) -> dict[str, Any]:
     """f32 parameters: random, but for an EAGLE-3 head's norm and lm_head, which begin as the target's."""
-    layer = config.layer
-    width, heads = layer.hidden_size, layer.num_heads * layer.head_dim
-    joined = 2 * width if config.version == 3 else width
-    shapes = {"fc": (config.feature_size + (0 if config.version == 3 else config.embed_size), width),
-              "qkv": (joined, layer.qkv_features), "o": (heads, width), "gate_up": (width, 2 * layer.intermediate_size),
-              "down": (layer.intermediate_size, width)}
-    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
-
-    def weight(name: str) -> dict[str, Array]:
-        rows, columns = shapes[name]
-        return {"w": jax.random.normal(keys[name], (rows, columns), jnp.float32) * rows**-0.5}
-
-    def ones() -> dict[str, Array]:
-        return {"scale": jnp.ones(width, jnp.float32)}
-
-    params = {"fc": weight("fc"), "attention": {"qkv": weight("qkv"), "o": weight("o")}, "mlp_norm": ones(),
-              "mlp": {"gate_up": weight("gate_up"), "down": weight("down")}}
+    tensors, params = head_tensors(config), {}
+    drawn = [path for path in tensors if path.endswith("/w") and path != "lm_head/w"]
+    for path, part in zip(drawn, jax.random.split(key, len(drawn)), strict=True):
+        shape = tensors[path][0].shape[1], sum(tensor.shape[0] for tensor in tensors[path])
+        params[path] = jax.random.normal(part, shape, jnp.float32) * shape[0]**-0.5
+    params |= {path: jnp.ones(parts[0].shape, jnp.float32) for path, parts in tensors.items() if path.endswith("/scale")}
     if config.version == 3:
         columns = target["lm_head"]["w"] if "lm_head" in target else target["embed"]["table"].T
         columns = columns if ids is None else columns[:, ids]
-        params |= {"embed_norm": ones(), "state_norm": ones(), "lm_head": {"w": jnp.array(columns, jnp.float32)},
-                   "norm": {"scale": jnp.array(target["norm"]["scale"], jnp.float32)}}
-    return params
+        params |= {"lm_head/w": jnp.array(columns, jnp.float32),
+                   "norm/scale": jnp.array(target["norm"]["scale"], jnp.float32)}
+    return unflatten_dict(params, sep="/")
 
 
 def export(destination: pathlib.Path, params: Params, config: EagleConfig, official: dict[str, Any],
@@ -103,18 +94,12 @@ def _halves(name: str, values: Any) -> Float[np.ndarray, "..."]:
 
 
 def _official_tensors(params: Params, config: EagleConfig) -> dict[str, np.ndarray]:
-    layer, prefix = config.layer, "midlayer." if config.version == 3 else "layers.0."
-    heads = layer.num_heads * layer.head_dim
-    q, k, v = np.split(np.asarray(params["attention"]["qkv"]["w"]), [heads, heads + layer.num_kv_heads * layer.head_dim], 1)
-    gate, up = np.split(np.asarray(params["mlp"]["gate_up"]["w"]), 2, axis=1)
-    linears = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-               "self_attn.o_proj": params["attention"]["o"]["w"],
-               "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": params["mlp"]["down"]["w"]}
-    tensors = {f"{prefix}{name}.weight": np.asarray(value).T for name, value in linears.items()}
-    tensors |= {"fc.weight": np.asarray(params["fc"]["w"]).T,
-                f"{prefix}post_attention_layernorm.weight": params["mlp_norm"]["scale"]}
-    if config.version == 3:
-        tensors |= {"midlayer.input_layernorm.weight": params["embed_norm"]["scale"],
-                    "midlayer.hidden_norm.weight": params["state_norm"]["scale"], "norm.weight": params["norm"]["scale"],
-                    "lm_head.weight": np.asarray(params["lm_head"]["w"]).T}
-    return tensors
+    """What the head has of its own; the other tables are its target's."""
+    own, found = flatten_dict(params, sep="/"), {}
+    for path, tensors in head_tensors(config).items():
+        if path in own:
+            values = np.asarray(own[path])
+            ends = np.cumsum([tensor.shape[0] for tensor in tensors])[:-1]
+            parts = np.split(values.T if path.endswith("/w") else values, ends)
+            found |= {tensor.name: part for tensor, part in zip(tensors, parts, strict=True)}
+    return found

@@ -15,6 +15,7 @@ from specmq_jax.loading import head_checks, head_entries
 from specmq_jax.loading.head_file import HeadFiles, check_types
 from specmq_jax.loading.head_layout import check_layout
 from specmq_jax.loading.head_parameters import borrowed, head_parameters
+from specmq_jax.loading.head_tensors import LM_HEAD
 from specmq_jax.loading.model import Model
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
@@ -119,7 +120,7 @@ def _described(files: HeadFiles, target: Model, precision: str | None) -> Head:
     head_checks.check_tensors(directory, settings, headers, config)
     dense = next(f for name in ("fp32", "bf16", "fp16") if (f := formats.get(name)).dtype == target.module.format.dtype)
     linear = formats.get(precision) if precision else dense
-    head_format = dense if "lm_head.weight" in headers else target.module.head_format
+    head_format = dense if LM_HEAD in headers else target.module.head_format
     module = EagleHead(config, linear, head_format, target.module.embed_format)
     return Head(config=config, module=module, capture=capture, params=None)
 

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 
 from specmq_jax.errors import UserError
 from specmq_jax.loading.head_file import Headers, Tensors
+from specmq_jax.loading.head_tensors import EMBED, LM_HEAD, ROTATION, head_tensors
 from specmq_jax.loading.model import Model
 from specmq_jax.network.eagle import ROTATED_TARGET, EagleConfig
 
@@ -30,12 +31,12 @@ def check_vocabulary(directory: pathlib.Path, settings: Mapping[str, Any], heade
     """Every size of the vocabulary that the head tells is the target's, or its own vocabulary has an id for each token."""
     vocab_size = target.config.vocab_size
     found = [settings.get("vocab_size", vocab_size)]
-    found += [headers["embed_tokens.weight"].shape[0]] if "embed_tokens.weight" in headers else []
+    found += [headers[EMBED].shape[0]] if EMBED in headers else []
     found += list(headers["t2d"].shape) or [0] if "t2d" in headers else []
     for size in found:
         if size != vocab_size:
             raise UserError(f"{directory} holds a head for a vocabulary of {size} tokens; this target has {vocab_size}")
-    scored = headers["lm_head.weight"].shape[0] if "lm_head.weight" in headers else vocab_size
+    scored = headers[LM_HEAD].shape[0] if LM_HEAD in headers else vocab_size
     if "d2t" not in headers:
         if scored != vocab_size:
             raise UserError(f"{directory}: the head scores {scored} of the target's {vocab_size} tokens, and tensor d2t, "
@@ -50,9 +51,9 @@ def check_vocabulary(directory: pathlib.Path, settings: Mapping[str, Any], heade
 
 def check_tied(directory: pathlib.Path, settings: Mapping[str, Any], headers: Headers, config: EagleConfig) -> None:
     """An EAGLE-3 head that says its scores come from its embedding has an lm_head all the same, or they are the target's."""
-    if config.version != 3 or not settings.get("tie_word_embeddings") or "lm_head.weight" in headers:
+    if config.version != 3 or not settings.get("tie_word_embeddings") or LM_HEAD in headers:
         return
-    if "embed_tokens.weight" in headers or not config.tied_head:
+    if EMBED in headers or not config.tied_head:
         raise UserError(f"{directory}: config.json has tie_word_embeddings = true, and an EAGLE-3 head takes its lm_head from "
                         "tensor lm_head.weight or from its target; save the embedding as lm_head.weight, too")
 
@@ -120,13 +121,13 @@ def check_basis(directory: pathlib.Path, tensors: Tensors, config: EagleConfig, 
     one times an orthogonal matrix: rows with other directions, and the same angles between them. A head without an
     embedding of its own tells nothing.
     """
-    sign = "tensor rms_norm_rotation.weight" if config.rotated else f"{ROTATED_TARGET} in config.json"
+    sign = f"tensor {ROTATION}" if config.rotated else f"{ROTATED_TARGET} in config.json"
     plain = f"{directory} holds a head for a rotated target ({sign}), and this target is not rotated"
     params = target.params["params"]
     if config.rotated_target and not bool(jnp.all(params["norm"]["scale"] == 1)):
         raise UserError(plain)
     table = params["embed"]["table"]
-    own = tensors.get("embed_tokens.weight")
+    own = tensors.get(EMBED)
     if own is None or own.shape != table.shape:
         return
     rows = np.linspace(0, len(own) - 1, min(_SAMPLED_ROWS, len(own)), dtype=np.int64)
@@ -146,36 +147,11 @@ def check_basis(directory: pathlib.Path, tensors: Tensors, config: EagleConfig, 
 
 def _expected(settings: Mapping[str, Any], headers: Headers, config: EagleConfig) -> Shapes:
     """Of the tensors that the head is made of; those that its target may lend stand in it where the file has them."""
-    layer, hidden = config.layer, settings.get("hidden_size", config.layer.hidden_size)
-    if config.version == 3:
-        expected = {"fc.weight": (hidden, config.feature_size),
-                    **_decoder_layer("midlayer.", config, hidden, config.embed_size + hidden),
-                    "midlayer.input_layernorm.weight": (config.embed_size,), "midlayer.hidden_norm.weight": (hidden,),
-                    "norm.weight": (hidden,)}
-    else:
-        expected = {"fc.weight": (hidden, config.embed_size + config.feature_size),
-                    **_decoder_layer("layers.0.", config, hidden, hidden)}
-        if config.bias:
-            expected["fc.bias"] = (hidden,)
-    for i in range(1, layer.num_layers):
-        expected |= {**_decoder_layer(f"layers.{i}.", config, hidden, hidden), f"layers.{i}.input_layernorm.weight": (hidden,)}
-    own = {"embed_tokens.weight": (config.vocab_size, config.embed_size), "lm_head.weight": (layer.vocab_size, hidden)}
-    if config.rotated:
-        expected["rms_norm_rotation.weight"] = (config.feature_size, config.feature_size)
-    if config.rotated_target:
-        # the target's own tables are in the rotated basis, the head's states are not
-        expected |= own
-    return expected | {name: shape for name, shape in own.items() if name in headers}
-
-
-def _decoder_layer(prefix: str, config: EagleConfig, hidden: int, width: int) -> Shapes:
-    """Of a layer whose attention reads inputs of that width."""
-    layer = config.layer
-    heads, kv_heads, mlp = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim, layer.intermediate_size
-    return {f"{prefix}self_attn.q_proj.weight": (heads, width), f"{prefix}self_attn.k_proj.weight": (kv_heads, width),
-            f"{prefix}self_attn.v_proj.weight": (kv_heads, width), f"{prefix}self_attn.o_proj.weight": (hidden, heads),
-            f"{prefix}mlp.gate_proj.weight": (mlp, hidden), f"{prefix}mlp.up_proj.weight": (mlp, hidden),
-            f"{prefix}mlp.down_proj.weight": (hidden, mlp), f"{prefix}post_attention_layernorm.weight": (hidden,)}
+    # the target's own tables are in the rotated basis, the head's states are not
+    lent = () if config.rotated_target else (EMBED, LM_HEAD)
+    table = head_tensors(config, settings.get("hidden_size"))
+    return {tensor.name: tensor.shape for tensors in table.values() for tensor in tensors
+            if tensor.name in headers or tensor.name not in lent}
 
 
 def _biases(expected: Shapes) -> Shapes:

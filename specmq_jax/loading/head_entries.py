@@ -9,6 +9,7 @@ from typing import Any
 
 from specmq_jax.errors import UserError
 from specmq_jax.loading.head_file import Headers
+from specmq_jax.loading.head_tensors import ROTATION
 from specmq_jax.network.eagle import ROTATED_TARGET
 
 _LAYERS = "eagle_aux_hidden_state_layer_ids"
@@ -108,12 +109,12 @@ def _refuse(directory: pathlib.Path, place: str, settings: Mapping[str, Any], pl
 
 
 def _check_rotation(directory: pathlib.Path, settings: Mapping[str, Any], headers: Headers, version: int) -> None:
-    found, rotated = settings.get(ROTATED_TARGET), "rms_norm_rotation.weight" in headers
+    found, rotated = settings.get(ROTATED_TARGET), ROTATION in headers
     if not isinstance(found, bool | None):
         raise UserError(f"{directory}: config.json has {ROTATED_TARGET} = {_shown(found)}; expected true or false")
     if found is False and rotated or found and not rotated and version == 2:
         raise UserError(f"{directory}: config.json has {ROTATED_TARGET} = {str(found).lower()}, and tensor "
-                        f"rms_norm_rotation.weight is {'there' if rotated else 'missing'}")
+                        f"{ROTATION} is {'there' if rotated else 'missing'}")
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from specmq_jax.errors import UserError
 from specmq_jax.loading.head_file import Headers
+from specmq_jax.loading.head_tensors import EMBED, FC, LM_HEAD
 
 _PREFIXES = ("model.", "module.", "draft_model.", "eagle_module.", "_orig_mod.")
 _MEDUSA = re.compile(r"(medusa_head\.)?\d+\.\d+\.(linear\.)?(weight|bias)$")
@@ -26,9 +27,9 @@ def check_layout(directory: pathlib.Path, settings: Mapping[str, Any], headers: 
     for found in _other_layouts(settings, headers):
         raise UserError(f"{directory} holds {found}; only EAGLE-1, -2 and -3 heads in the official layout (SafeAILab/EAGLE) "
                         "are read")
-    if "fc.weight" not in headers:
+    if FC not in headers:
         raise UserError(f"{directory} holds no EAGLE head: tensor fc.weight is missing")
-    for name in ("fc.weight", "embed_tokens.weight", "lm_head.weight"):
+    for name in (FC, EMBED, LM_HEAD):
         if name in headers and len(headers[name].shape) != 2:
             raise UserError(f"{directory}: tensor {name} has shape {list(headers[name].shape)}; expected a matrix")
 
@@ -72,5 +73,5 @@ def _other_layouts(settings: Mapping[str, Any], headers: Headers) -> Iterator[st
     if "layers.0.hidden_norm.weight" in headers:
         yield "an EAGLE-3 head in the layout of vLLM's speculators (its layer is named layers.0., officially midlayer.)"
     for prefix in _PREFIXES:
-        if any(f"{prefix}{name}" in headers for name in ("fc.weight", "midlayer.hidden_norm.weight")):
+        if any(f"{prefix}{name}" in headers for name in (FC, "midlayer.hidden_norm.weight")):
             yield f"a head in a layout whose tensors' names begin with {prefix}"

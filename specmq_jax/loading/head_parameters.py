@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float
 
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Range, Weight, WeightFormat, largest
 from specmq_jax.loading.head_file import Tensors
+from specmq_jax.loading.head_tensors import EMBED, LM_HEAD, head_tensors
 from specmq_jax.loading.model import Model
 from specmq_jax.network.eagle import EagleConfig, EagleHead
 
@@ -23,44 +25,27 @@ def head_parameters(directory: pathlib.Path, tensors: Tensors, module: EagleHead
     Raises:
       UserError: a value that is not finite, or values outside the range of the format that they are packed in.
     """
-    config, packer = module.config, _Packer(directory, tensors)
-    linear, scale = functools.partial(packer.weight, form=module.format), packer.scale
-
-    def layer(prefix: str) -> dict[str, Any]:
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        return {"attention": {"qkv": linear(*(f"{attention}{p}_proj.weight" for p in "qkv")),
-                              "o": linear(f"{attention}o_proj.weight")},
-                "mlp_norm": scale(f"{prefix}post_attention_layernorm.weight"),
-                "mlp": {"gate_up": linear(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
-                        "down": linear(f"{mlp}down_proj.weight")}}
-
-    params = {"fc": linear("fc.weight"), **layer("midlayer." if config.version == 3 else "layers.0.")}
-    if config.bias:
-        params["fc_bias"] = packer.plain("fc.bias", jnp.float32)
-    if config.rotated:
-        params["rotation"] = linear("rms_norm_rotation.weight")
-    for i in range(1, config.layer.num_layers):
-        name = f"layers.{i}."
-        params[f"layers_{i - 1}"] = {**layer(name), "attention_norm": scale(f"{name}input_layernorm.weight")}
-    if config.version == 3:
-        params |= {"embed_norm": scale("midlayer.input_layernorm.weight"), "norm": scale("norm.weight"),
-                   "state_norm": scale("midlayer.hidden_norm.weight")}
-    if "embed_tokens.weight" in tensors:
-        params["embed"] = {"table": packer.plain("embed_tokens.weight", module.embed_format.dtype)}
-    if "lm_head.weight" in tensors:
-        params["lm_head"] = packer.weight("lm_head.weight", form=module.head_format)
+    packer, params = _Packer(directory, tensors), {}
+    for path, parts in head_tensors(module.config).items():
+        names = tuple(part.name for part in parts)
+        if names[0] not in tensors:
+            continue  # the target lends it
+        if path.endswith("/w"):
+            params[path] = packer.weight(names, module.head_format if path == "lm_head/w" else module.format)
+        else:
+            params[path] = packer.plain(names[0], module.embed_format.dtype if path == "embed/table" else jnp.float32)
     packer.check()
-    return params | borrowed(tensors, config, target)
+    return unflatten_dict(params, sep="/") | borrowed(tensors, module.config, target)
 
 
 def borrowed(names: Container[str], config: EagleConfig, target: Model) -> dict[str, Any]:
     """The target's parameters that stand in for those which the head's file lacks."""
     targets, found = target.params["params"], {}
-    if "embed_tokens.weight" not in names:
+    if EMBED not in names:
         found["embed"] = targets["embed"]
     if config.tied_head:
         found["output_table"] = targets["embed"]
-    elif "lm_head.weight" not in names:
+    elif LM_HEAD not in names:
         found["lm_head"] = targets["lm_head"]
     return found
 
@@ -73,15 +58,12 @@ class _Packer:
         self._directory, self._tensors = directory, tensors
         self._peaks: list[tuple[tuple[str, ...], Range, Array]] = []
 
-    def weight(self, *names: str, form: WeightFormat) -> dict[str, Weight]:
+    def weight(self, names: tuple[str, ...], form: WeightFormat) -> Weight:
         """A linear layer's weight of one tensor, or of several that are joined by their outputs."""
         # joined on the host: on the device the parts would lie beside the whole
         weight, peak = _packed(self._joined(names), form)
         self._peaks.append((names, form.range, peak))
-        return {"w": weight}
-
-    def scale(self, name: str) -> dict[str, Float[Array, "D"]]:
-        return {"scale": self.plain(name, jnp.float32)}
+        return weight
 
     def plain(self, name: str, dtype: Any) -> Float[Array, "..."]:
         """A tensor in that dtype."""
