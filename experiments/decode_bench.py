@@ -25,7 +25,8 @@ from experiments.display import tables
 from experiments.display.cells import NO_VALUE, milliseconds, number, part
 from experiments.running import flags, methods
 from experiments.timing import device, step_times
-from experiments.timing.random_models import SHAPES, Drafting, shape, small_shape
+from experiments.timing.random_models import Drafting
+from experiments.timing.sizes import SHAPES, shape, small_shape
 from experiments.timing.step_times import PARTS, PREFILL_RUNS, Measure, Settings
 from specmq_jax import formats
 from specmq_jax.commands import entry

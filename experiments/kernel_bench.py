@@ -19,13 +19,15 @@ from experiments.answers import metrics
 from experiments.display import tables
 from experiments.display.cells import NO_VALUE, number, significant, times
 from experiments.kernels import cases, timing
-from experiments.kernels.cases import Case, ModelShape
+from experiments.kernels.cases import Case, linears
 from experiments.kernels.timing import Loop, Plan, Timing
 from experiments.running import flags
 from experiments.timing import device
+from experiments.timing.sizes import SHAPES
 from pallas_kernels.w4a16.api import GROUP_SIZES
 from specmq_jax import words
 from specmq_jax.commands import entry
+from specmq_jax.network.config import LlamaConfig
 
 _LOOP_SECONDS = 2e-2
 _CONTEXTS = (512, 4096, 16384)
@@ -93,14 +95,14 @@ class Bench:
     group_size: int = 128
     runs: int = 30
 
-    def items(self, op: str, model: ModelShape) -> list[Item]:
+    def items(self, op: str, model: LlamaConfig) -> list[Item]:
         """What is measured of an op."""
         default, find = OPS[op]
         return list(find(self, model, self.rows or default))
 
     def measure(self, op: str, name: str, compared: dict[tuple, Timing]) -> list[Line]:
         """Measures one op at the sizes of the model `name`; `compared` keeps XLA's times for the ops behind."""
-        items = self.items(op, cases.MODELS[name])
+        items = self.items(op, SHAPES[name])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = [pool.submit(_compile, item.case, None) for item in items]
         lines = []
@@ -139,32 +141,32 @@ def _compile(case: Case, implementation: str | None) -> Loop:
                                carried=case.carried)
 
 
-def _products(result: str) -> Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]:
-    def find(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
-        for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
+def _products(result: str) -> Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]:
+    def find(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
+        for (name, (inner, columns)), count in itertools.product(linears(model).items(), rows):
             case = cases.product(count, inner, columns, bench.group_size, result=result)
             yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None),
                        marlin=_marlin(inner, columns, count) if bench.group_size == 128 else None)
     return find
 
 
-def _integer_products(kind: str) -> Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]:
-    def find(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
-        for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
+def _integer_products(kind: str) -> Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]:
+    def find(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
+        for (name, (inner, columns)), count in itertools.product(linears(model).items(), rows):
             case = cases.integer_product(count, inner, columns, kind, result="partials")
             yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
     return find
 
 
-def _weight_only_products(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
-    sizes = {**model.linears, "lm_head": (model.hidden, model.vocab)}
+def _weight_only_products(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
+    sizes = {**linears(model), "lm_head": (model.hidden_size, model.vocab_size)}
     for (name, (inner, columns)), count in itertools.product(sizes.items(), rows):
         case = cases.weight_only_product(count, inner, columns, result="partials")
         yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
 
 
-def _dense_products(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
-    for (name, (inner, columns)), count in itertools.product(model.linears.items(), rows):
+def _dense_products(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
+    for (name, (inner, columns)), count in itertools.product(linears(model).items(), rows):
         case = cases.split_dense_product(count, inner, columns)
         yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
 
@@ -175,59 +177,59 @@ def _marlin(inner: int, columns: int, rows: int) -> float | None:
     return 1e-6 * _MARLIN[inner, columns][_MARLIN_ROWS.index(rows)]
 
 
-def _splits(bench: Bench, model: ModelShape, linear: str, rows: int, kind: str | None = None) -> int:
+def _splits(bench: Bench, model: LlamaConfig, linear: str, rows: int, kind: str | None = None) -> int:
     """The partial sums that the op behind a product of the model has to add, one of `kind` or W4A16's."""
-    sizes = model.linears[linear]
+    sizes = linears(model)[linear]
     case = (cases.integer_product(rows, *sizes, kind, result="partials") if kind else
             cases.product(rows, *sizes, bench.group_size, result="partials"))
     [partials] = jax.eval_shape(case.step(None, None), *case.abstract_operands(1)[0])
     return partials.shape[0]
 
 
-def _attention(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+def _attention(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for context, count in itertools.product(_CONTEXTS, rows):
         case = cases.tree_attention(count, model, context)
         yield Item(shape=case.label, case=case)
 
 
-def _norm(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+def _norm(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for count in rows:
-        case = cases.add_norm(count, model.hidden, _splits(bench, model, "down", count))
+        case = cases.add_norm(count, model.hidden_size, _splits(bench, model, "down", count))
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
-def _rounded_norm(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+def _rounded_norm(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for count in rows:
-        case = cases.rounded_add_norm(count, model.hidden, _splits(bench, model, "down", count, _ROUNDED))
+        case = cases.rounded_add_norm(count, model.hidden_size, _splits(bench, model, "down", count, _ROUNDED))
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
-def _rounded_silu_mul(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+def _rounded_silu_mul(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for count in rows:
-        case = cases.rounded_silu_mul(count, model.intermediate, _splits(bench, model, "gate_up", count, _ROUNDED))
+        case = cases.rounded_silu_mul(count, model.intermediate_size, _splits(bench, model, "gate_up", count, _ROUNDED))
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
-def _rope(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+def _rope(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for count in rows:
         case = cases.rope_append(count, model, _splits(bench, model, "qkv", count))
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
-def _silu_mul(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
+def _silu_mul(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for count in rows:
-        case = cases.silu_mul(count, model.intermediate, _splits(bench, model, "gate_up", count))
+        case = cases.silu_mul(count, model.intermediate_size, _splits(bench, model, "gate_up", count))
         yield Item(shape=case.label, case=case)
 
 
-def _top_k(bench: Bench, model: ModelShape, rows: Sequence[int]) -> Iterable[Item]:
-    for vocab, count in itertools.product(sorted({model.vocab, min(model.vocab, _RANKED_VOCABULARY)}), rows):
+def _top_k(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
+    for vocab, count in itertools.product(sorted({model.vocab_size, min(model.vocab_size, _RANKED_VOCABULARY)}), rows):
         case = cases.best_of_vocabulary(count, vocab, _DRAFTED)
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
 _TREE_ROWS = (1, 10, 30, 60)
-OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, ModelShape, Sequence[int]], Iterable[Item]]]] = {
+OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]]] = {
     "w4a16": (_MARLIN_ROWS, _products("partials")), "w4a16_product": (_MARLIN_ROWS, _products("product")),
     "dense": (_TREE_ROWS, _dense_products), "w8a16": (_TREE_ROWS, _weight_only_products),
     **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},
@@ -285,7 +287,7 @@ def main(argv: Sequence[str]) -> None:
     flags.no_arguments(argv)
     given = absl_flags.FLAGS
     default = ["demo"] if jax.default_backend() == "cpu" else ["llama3-8b", "llama3-70b"]
-    ops, models = tune.names("ops", given.ops, OPS), tune.names("shapes", given.shapes or default, cases.MODELS)
+    ops, models = tune.names("ops", given.ops, OPS), tune.names("shapes", given.shapes or default, SHAPES)
     rows = tuple(tune.counts("rows", given.rows or ()))
     json_file = pathlib.Path(given.json) if given.json else None
     if json_file:
@@ -296,7 +298,7 @@ def main(argv: Sequence[str]) -> None:
 def declare_flags() -> None:
     """Declares the command's flags; not at import, where they would clash with those of other commands."""
     absl_flags.DEFINE_list("ops", list(OPS), "Ops to time.")
-    absl_flags.DEFINE_list("shapes", None, f"Models whose sizes to time at, of {', '.join(cases.MODELS)}. Default: demo on a "
+    absl_flags.DEFINE_list("shapes", None, f"Models whose sizes to time at, of {', '.join(SHAPES)}. Default: demo on a "
                            "CPU, llama3-8b,llama3-70b on a GPU.")
     absl_flags.DEFINE_list("rows", None, "Tokens of a step. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 for top_k, 1,10,30,60 "
                            "for others.")

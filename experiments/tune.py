@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.kernels import cases, problems
+from experiments.kernels import problems
 from experiments.kernels.problems import Problem
 from experiments.kernels.search import NoYardstickError, OutOfTimeError, Result, Search, best
+from experiments.timing.sizes import SHAPES
 from pallas_kernels import launch
 from pallas_kernels.w4a16.api import GROUP_SIZES
 from specmq_jax.commands import entry
@@ -119,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options are spelled --name=value (--help lists them)")
     given = flags.FLAGS
     ops = names("ops", given.ops, problems.OPS)
-    models = [cases.MODELS[name] for name in names("shapes", given.shapes, cases.MODELS)]
+    models = [SHAPES[name] for name in names("shapes", given.shapes, SHAPES)]
     rows = counts("rows", given.rows)
     group_sizes = [int(size) for size in names("group_sizes", given.group_sizes, [str(size) for size in GROUP_SIZES])]
     if jax.default_backend() != "gpu":
@@ -152,7 +153,7 @@ def declare_flags() -> None:
     """Declares the command's flags; not at import, where they would clash with those of other commands."""
     flags.DEFINE_list("ops", list(problems.OPS), "Ops to tune.")
     flags.DEFINE_list("shapes", ["llama3-8b", "llama3-70b", "demo"],
-                      f"Models to tune for, of {', '.join(cases.MODELS)}.")
+                      f"Models to tune for, of {', '.join(SHAPES)}.")
     flags.DEFINE_list("rows", ["1", "2", "4", "8", "16", "32", "64"],
                       "Tokens of a decoding step to tune for. top_k and norm have rows of their own.")
     flags.DEFINE_list("group_sizes", ["128"], "Rows of a 4-bit weight that share a scale; -1 is all.")

@@ -16,37 +16,11 @@ from jaxtyping import Array
 
 from pallas_kernels import attention, dense, mlp, norm, rope, top_k, w4a8, w4a16, w8a8, w8a16
 from pallas_kernels.partials import add_up
+from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.parameters import parameter_shapes
 from specmq_jax.words import count
 
 _CACHE_BLOCK = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Sizes of a Llama-family model, in elements."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-
-    @property
-    def linears(self) -> Mapping[str, tuple[int, int]]:
-        """K and N of a layer's products, fused as the model fuses them."""
-        mixed = self.heads * self.head_dim
-        return {"qkv": (self.hidden, mixed + 2 * self.kv_heads * self.head_dim), "o": (mixed, self.hidden),
-                "gate_up": (self.hidden, 2 * self.intermediate), "down": (self.intermediate, self.hidden)}
-
-
-MODELS = {
-    "llama3-8b": ModelShape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256),
-    "llama3-70b": ModelShape(hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256),
-    "llama3-1b": ModelShape(hidden=2048, intermediate=8192, heads=32, kv_heads=8, head_dim=64, vocab=128256),
-    "demo": ModelShape(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152),
-    "tiny": ModelShape(hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocab=512),  # for tests
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +65,13 @@ class Case:
         shared = {index: operand for index, operand in enumerate(sets[0]) if index not in self.cold}
         sets = [tuple(shared.get(index, operand) for index, operand in enumerate(operands)) for operands in sets]
         return sets if self.cold else sets * copies
+
+
+def linears(model: LlamaConfig) -> Mapping[str, tuple[int, int]]:
+    """K and N of a layer's products, fused as the model fuses them."""
+    shapes = parameter_shapes(dataclasses.replace(model, num_layers=1))
+    paths = {"qkv": "attention/qkv", "o": "attention/o", "gate_up": "mlp/gate_up", "down": "mlp/down"}
+    return {name: shapes[f"layers_0/{path}/w"] for name, path in paths.items()}
 
 
 def product(rows: int, inner: int, columns: int, group_size: int, *, result: str) -> Case:
@@ -213,9 +194,9 @@ def split_dense_product(rows: int, inner: int, columns: int) -> Case:
     return dataclasses.replace(dense_product(rows, inner, columns), run=run)
 
 
-def tree_attention(rows: int, model: ModelShape, context: int, *, max_length: int | None = None) -> Case:
+def tree_attention(rows: int, model: LlamaConfig, context: int, *, max_length: int | None = None) -> Case:
     """Attention of a chain of `rows` behind `context` keys, in a cache of `max_length` rows (default: just enough)."""
-    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     cache_rows = -(-((max_length or context) + rows) // _CACHE_BLOCK) * _CACHE_BLOCK
 
     def make(key: Array):
@@ -265,9 +246,9 @@ def rounded_add_norm(rows: int, columns: int, splits: int) -> Case:
                 traffic=rows * columns * (4 + 2 * splits + 4 + 1) + 4 * columns)
 
 
-def rope_append(rows: int, model: ModelShape, splits: int) -> Case:
+def rope_append(rows: int, model: LlamaConfig, splits: int) -> Case:
     """The rotary embedding of `splits` partial sums of q|k|v, and the append to a cache of 4096 rows."""
-    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     features = (heads + 2 * kv_heads) * head_dim
 
     def make(key: Array):

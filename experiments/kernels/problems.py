@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.kernels import cases
-from experiments.kernels.cases import Case, ModelShape
+from experiments.kernels.cases import Case, linears
 from pallas_kernels import launch, transposed
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import kernel as attention_kernel
@@ -28,6 +28,7 @@ from pallas_kernels.w8a8 import api as w8a8
 from pallas_kernels.w8a8 import kernel as w8a8_kernel
 from pallas_kernels.w8a16 import api as w8a16
 from pallas_kernels.w8a16 import kernel as w8a16_kernel
+from specmq_jax.network.config import LlamaConfig
 
 _CONTEXTS = (512, 4096)
 _SPLITS = 4  # partial sums that norm and rope read: what a split product usually leaves
@@ -55,7 +56,7 @@ class Problem:
     candidates: tuple[Any, ...]
 
 
-def find(op: str, models: Iterable[ModelShape], rows: Sequence[int], group_sizes: Sequence[int]) -> list[Problem]:
+def find(op: str, models: Iterable[LlamaConfig], rows: Sequence[int], group_sizes: Sequence[int]) -> list[Problem]:
     """The problems of `op`, one of each key, that a decoding step of any of the models poses.
 
     `rows` are the tokens of a step; `group_sizes` concern w4a16 alone. top_k and norm meet rows of their own.
@@ -67,8 +68,8 @@ def find(op: str, models: Iterable[ModelShape], rows: Sequence[int], group_sizes
     return list(found.values())
 
 
-def _w4a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
-    for (name, (inner, columns)), group_size in itertools.product(model.linears.items(), group_sizes):
+def _w4a16(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    for (name, (inner, columns)), group_size in itertools.product(linears(model).items(), group_sizes):
         result = "normed" if name in ("o", "down") else "consumed"
         # of the rows that share a config, the most
         largest = {w4a16.tuning_key(count, inner, columns, group_size): count
@@ -80,9 +81,9 @@ def _w4a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
                 candidates=tuple(w4a16_kernel.candidates(count, inner, columns)))
 
 
-def _dense(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+def _dense(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     largest = {dense.tuning_key(count, 1, 1): count for count in rows if count <= dense_kernel.MOST_ROWS}
-    for (inner, columns), count in itertools.product(model.linears.values(), largest.values()):
+    for (inner, columns), count in itertools.product(linears(model).values(), largest.values()):
         yield Problem(
             op="dense", keys=(dense.tuning_key(count, inner, columns),),
             cases=(cases.split_dense_product(count, inner, columns),),
@@ -90,8 +91,8 @@ def _dense(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
             candidates=tuple(dense_kernel.candidates(count, inner, columns)))
 
 
-def _w8a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
-    for (inner, columns), count in itertools.product(model.linears.values(), _largest(rows)):
+def _w8a8(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    for (inner, columns), count in itertools.product(linears(model).values(), _largest(rows)):
         yield Problem(
             op="w8a8", keys=(w8a8.tuning_key(count, inner, columns),),
             cases=(cases.integer_product(count, inner, columns, "w8a8", result="consumed"),),
@@ -99,9 +100,9 @@ def _w8a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) ->
             candidates=tuple(w8a8_kernel.candidates(count, inner, columns)))
 
 
-def _w8a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
-    head = model.hidden, model.vocab  # which may have this format whatever the layers have
-    for (inner, columns), count in itertools.product((*model.linears.values(), head), _largest(rows)):
+def _w8a16(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    head = model.hidden_size, model.vocab_size  # which may have this format whatever the layers have
+    for (inner, columns), count in itertools.product((*linears(model).values(), head), _largest(rows)):
         yield Problem(
             op="w8a16", keys=(w8a16.tuning_key(count, inner, columns),),
             cases=(cases.weight_only_product(count, inner, columns, result="consumed"),),
@@ -109,11 +110,11 @@ def _w8a16(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
             candidates=tuple(w8a16_kernel.candidates(count, inner, columns)))
 
 
-def _w4a8(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+def _w4a8(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     kinds = {"w4a8-qqq": ("channel", False), "w4a8-qoq": ("channel", True), "w4a8-qqq-g128": ("groups", False),
              "w4a8-qoq-g128": ("groups", True)}
     for (inner, columns), count, (kind, (scales, zeros)) in itertools.product(
-            model.linears.values(), _largest(rows), kinds.items()):
+            linears(model).values(), _largest(rows), kinds.items()):
         yield Problem(
             op="w4a8", keys=(w4a8.tuning_key(count, inner, columns, scales, zeros),),
             cases=(cases.integer_product(count, inner, columns, kind, result="consumed"),),
@@ -126,8 +127,8 @@ def _largest(rows: Sequence[int]) -> list[int]:
     return list({transposed.tuned_rows(count): count for count in rows if count <= transposed.BLOCK_ROWS}.values())
 
 
-def _attention(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
-    heads, kv_heads, head_dim = model.heads, model.kv_heads, model.head_dim
+def _attention(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     largest_context = max(_CONTEXTS)
     for count in rows:
         pairs = count * heads // kv_heads
@@ -147,8 +148,8 @@ def _attention(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int
             candidates=tuple(_filling(fitting, programs, 64, 2112)))
 
 
-def _top_k(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
-    for vocab, count, k in itertools.product((model.vocab, *_VOCABULARIES), _TOP_K_ROWS, _TOP_K):
+def _top_k(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    for vocab, count, k in itertools.product((model.vocab_size, *_VOCABULARIES), _TOP_K_ROWS, _TOP_K):
         grid = _grid(top_k_kernel.Config, block=(512, 1024, 2048, 4096, 8192), num_warps=(1, 2, 4, 8),
                      combine_warps=(1, 2, 4, 8))
         yield Problem(
@@ -157,17 +158,18 @@ def _top_k(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -
             candidates=tuple(config for config in grid if k <= config.block <= launch.power_of_two(vocab)))
 
 
-def _norm(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+def _norm(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     yield Problem(
-        op="norm", keys=(norm.tuning_key(model.hidden),),
-        cases=tuple(cases.add_norm(count, model.hidden, _SPLITS) for count in _NORM_ROWS),
-        heuristic=norm_kernel.heuristic(model.hidden), candidates=tuple(_grid(norm_kernel.Config, num_warps=(1, 2, 4, 8, 16))))
+        op="norm", keys=(norm.tuning_key(model.hidden_size),),
+        cases=tuple(cases.add_norm(count, model.hidden_size, _SPLITS) for count in _NORM_ROWS),
+        heuristic=norm_kernel.heuristic(model.hidden_size),
+        candidates=tuple(_grid(norm_kernel.Config, num_warps=(1, 2, 4, 8, 16))))
 
 
-def _rope(model: ModelShape, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+def _rope(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     for count in rows:
         yield Problem(
-            op="rope", keys=(rope.tuning_key(count, model.heads, model.kv_heads, model.head_dim),),
+            op="rope", keys=(rope.tuning_key(count, model.num_heads, model.num_kv_heads, model.head_dim),),
             cases=(cases.rope_append(count, model, _SPLITS),), heuristic=rope_kernel.heuristic(count),
             candidates=tuple(_grid(rope_kernel.Config, rows=(1, 2, 4, 16), num_warps=(1, 2, 4))))
 
@@ -183,6 +185,6 @@ def _filling(configs: Sequence[Any], programs: Callable[[Any], int], least: int,
     return [config for config in configs if least <= programs(config) <= most]
 
 
-OPS: Mapping[str, Callable[[ModelShape, Sequence[int], Sequence[int]], Iterable[Problem]]] = {
+OPS: Mapping[str, Callable[[LlamaConfig, Sequence[int], Sequence[int]], Iterable[Problem]]] = {
     "w4a16": _w4a16, "dense": _dense, "w8a8": _w8a8, "w8a16": _w8a16, "w4a8": _w4a8, "attention": _attention, "top_k": _top_k,
     "norm": _norm, "rope": _rope}

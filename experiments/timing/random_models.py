@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -15,42 +14,11 @@ from specmq_jax import formats
 from specmq_jax.decoding.drafters.vocabulary import cut_vocabulary
 from specmq_jax.errors import UserError
 from specmq_jax.network.cache import KVCache
-from specmq_jax.network.config import LlamaConfig, RopeConfig
+from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.eagle import EagleConfig, EagleHead
 
 EAGLE3_VOCABULARY = 32000
 """Tokens that the official EAGLE-3 heads for Llama 3 score."""
-
-
-def _llama3(**sizes: Any) -> LlamaConfig:
-    return LlamaConfig(vocab_size=128256, num_kv_heads=8, max_position=131072, rope=RopeConfig(theta=500000.0), **sizes)
-
-
-SHAPES = {
-    "llama3-8b": _llama3(hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, head_dim=128),
-    "llama3-70b": _llama3(hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, head_dim=128),
-    "llama3-1b": _llama3(hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, head_dim=64,
-                           tie_embeddings=True),
-}
-_SMALL = {"llama3-70b": "llama3-8b", "llama3-8b": "llama3-1b"}
-
-
-def shape(name: str) -> LlamaConfig:
-    """Sizes of a model: one of `SHAPES`, or those of a directory's config.json.
-
-    Raises:
-      UserError: neither of the two, or a config.json that can't be read.
-    """
-    if name in SHAPES:
-        return SHAPES[name]
-    if not pathlib.Path(name).is_dir():
-        raise UserError(f"shape {name!r} is neither one of {', '.join(SHAPES)} nor a directory with a config.json")
-    return LlamaConfig.from_directory(name)
-
-
-def small_shape(name: str) -> str:
-    """What drafts for a target of a shape where nothing else is asked for: the next smaller model, else one of its size."""
-    return _SMALL.get(name, name)
 
 
 def random_head(target: sm.Model, version: int, vocabulary: int | None = None, *, seed: int = 0) -> sm.Head:

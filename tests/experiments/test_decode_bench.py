@@ -211,7 +211,7 @@ def test_a_rounded_lm_head_is_the_targets_and_its_eagle2_heads():
 
 
 @pytest.mark.parametrize(("arguments", "fault"), [
-    (["--shape=llama9"], "shape 'llama9' is neither one of llama3-8b, llama3-70b, llama3-1b nor a directory"),
+    (["--shape=llama9"], "shape 'llama9' is neither one of llama3-8b, llama3-70b, llama3-1b, demo, tiny nor a directory"),
     (["--parts=verify,sleep"], "--parts names 'sleep', which is not known; choose of verify, draft, step, prefill"),
     (["--rows=1,0"], "--rows=1,0 must list whole numbers above 0"),
     (["--eagle=somewhere"], "--eagle has no use here"),

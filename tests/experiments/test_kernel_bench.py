@@ -12,8 +12,8 @@ from rich.console import Console
 
 from experiments import kernel_bench
 from experiments.kernel_bench import OPS, Bench
-from experiments.kernels import cases
 from experiments.timing import device
+from experiments.timing.sizes import SHAPES
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = Bench(rows=(2,), runs=4)
@@ -59,9 +59,9 @@ def test_the_peers_times_stand_beside_the_device_they_were_measured_on(name, kno
     monkeypatch.setattr(device, "device_name", lambda: name)
     for model in ("llama3-8b", "llama3-70b"):
         for op in ("w4a16", "w4a16_product"):
-            items = Bench().items(op, cases.MODELS[model])
+            items = Bench().items(op, SHAPES[model])
             assert items and all((item.marlin is not None) == known for item in items)
-    assert all(item.marlin is None for item in Bench(group_size=64).items("w4a16", cases.MODELS["llama3-8b"]))
+    assert all(item.marlin is None for item in Bench(group_size=64).items("w4a16", SHAPES["llama3-8b"]))
 
 
 @pytest.mark.parametrize(("arguments", "fault"), [

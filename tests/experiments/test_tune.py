@@ -18,12 +18,13 @@ from experiments.kernels import cases, problems, timing
 from experiments.kernels.cases import Case
 from experiments.kernels.problems import Problem
 from experiments.kernels.search import Search, best
+from experiments.timing.sizes import SHAPES
 from experiments.tune import Tables, run
 from pallas_kernels import launch
 from specmq_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
-TINY = cases.MODELS["tiny"]
+TINY = SHAPES["tiny"]
 SLOW = 4000
 
 
@@ -80,7 +81,7 @@ def test_an_op_looks_up_the_key_that_the_tuner_writes(op, keys):
 @pytest.mark.parametrize("op", problems.OPS)
 def test_every_problem_of_a_real_model_has_a_choice(op):
     rows = (1, 2, 4, 8, 16, 32, 64)
-    found = problems.find(op, [cases.MODELS[name] for name in ("llama3-8b", "llama3-70b", "demo")], rows, (128,))
+    found = problems.find(op, [SHAPES[name] for name in ("llama3-8b", "llama3-70b", "demo")], rows, (128,))
     assert found and all(len(set(each.candidates) - {each.heuristic}) > 1 for each in found)
     assert len({key for each in found for key in each.keys}) == sum(len(each.keys) for each in found)
 
@@ -88,7 +89,7 @@ def test_every_problem_of_a_real_model_has_a_choice(op):
 @pytest.mark.parametrize("op", ["w4a16", "w4a8", "w8a8", "w8a16"])
 def test_a_wide_product_may_be_left_whole_by_programs_of_any_size(op):
     for rows in (1, 32, 64):
-        [gate_up, *_] = [each for each in problems.find(op, [cases.MODELS["llama3-70b"]], (rows,), (128,))
+        [gate_up, *_] = [each for each in problems.find(op, [SHAPES["llama3-70b"]], (rows,), (128,))
                          if "8192x57344" in each.keys[0]]
         shapes = {(config.block_n, config.num_warps) for config in gate_up.candidates if config.split_k == 1}
         assert shapes == {(config.block_n, config.num_warps) for config in gate_up.candidates}
