@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer.json say: the names of special tokens, and the chat template."""
+"""The files of a tokenizer, and what those beside tokenizer.json say: the names of special tokens, and the chat template."""
 
 import pathlib
 from collections.abc import Mapping
@@ -7,6 +7,10 @@ from typing import Any
 from specmq_jax.errors import UserError
 from specmq_jax.json_files import read_json
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+                   "generation_config.json")
+"""Names of what goes with a checkpoint's tokenizer; generation_config.json says where answers end."""
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _DEFAULT = "default"
 

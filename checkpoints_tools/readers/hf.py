@@ -18,10 +18,8 @@ from specmq_jax.errors import UserError
 from specmq_jax.json_files import read_json
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.parameters import Formats
+from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-                   "generation_config.json")
 _CONFIGS = ("config.json", "quantize_config.json")
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -7,8 +7,8 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from checkpoints_tools.readers.files.weight_files import ROTATION_FILES
-from checkpoints_tools.readers.hf import TOKENIZER_FILES
 from specmq_jax.errors import UserError
+from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json", "rotation.*", *TOKENIZER_FILES]

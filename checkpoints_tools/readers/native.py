@@ -10,10 +10,11 @@ import numpy as np
 from checkpoints_tools.readers.base import Reader, Stored
 from checkpoints_tools.readers.files.rotation_file import find_rotation
 from checkpoints_tools.readers.files.weight_files import ROTATION_FILES
-from checkpoints_tools.readers.hf import TOKENIZER_FILES, copy_tokenizer, find_tokenizer
+from checkpoints_tools.readers.hf import copy_tokenizer, find_tokenizer
 from specmq_jax.formats import Dense, Int4Group, Logical
 from specmq_jax.json_files import read_json
 from specmq_jax.loading.checkpoint import METADATA_FILE, CheckpointReader
+from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
 
 class NativeReader(Reader):

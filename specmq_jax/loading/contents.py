@@ -10,11 +10,10 @@ from typing import Any
 
 from specmq_jax.errors import UserError
 from specmq_jax.loading.checkpoint import METADATA_FILE, read_metadata
+from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
 _BLOCK_BYTES = 8 << 20
-_BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-                   "chat_template.jinja", "chat_template.json")
+_BESIDE_WEIGHTS = ("config.json", *TOKENIZER_FILES)
 """Files of a checkpoint that decide what a model computes, how it is asked and where its answers end."""
 _PICKLED = (".bin", ".pt", ".pth")
 

@@ -9,7 +9,7 @@ from sources import TINY, random_tensors, write_gguf, write_hf
 from checkpoints_tools.conversion import fingerprint, prepare
 from checkpoints_tools.readers import open_source
 from checkpoints_tools.readers.files.rotation_file import save_rotation
-from checkpoints_tools.readers.hf import TOKENIZER_FILES
+from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
 
 @pytest.mark.parametrize("name", ["config.json", "quantize_config.json", "model.safetensors.index.json", *TOKENIZER_FILES])
