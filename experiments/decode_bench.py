@@ -22,7 +22,7 @@ from absl import flags as absl_flags
 from rich.console import Console
 
 from experiments.display import tables
-from experiments.display.cells import NO_VALUE, milliseconds, number, part
+from experiments.display.cells import milliseconds, number, part
 from experiments.running import flags, methods
 from experiments.timing import device, step_times
 from experiments.timing.random_models import Drafting
@@ -129,7 +129,7 @@ _COLUMNS: Mapping[str, Callable[[Measure], str]] = {
     "": lambda measure: measure.name,
     "ms": _median,
     "spread": lambda measure: "-".join(milliseconds(bound, 3) for bound in measure.spread),
-    "tokens/s": lambda measure: number(measure.rows / measure.median, 0) if measure.part == "prefill" else NO_VALUE,
+    "tokens/s": lambda measure: number(measure.tokens_per_second, 0),
     "MB": lambda measure: number(measure.moved / 1e6, 0),
     "GB/s": lambda measure: number(measure.moved / measure.median / 1e9, 0),
     "floor\nms": lambda measure: milliseconds(measure.floor, 3),
@@ -143,7 +143,7 @@ _COLUMNS: Mapping[str, Callable[[Measure], str]] = {
 def _entry(measure: Measure) -> dict[str, Any]:
     """Times in seconds, sizes in bytes, speeds in bytes a second."""
     low, high = measure.spread
-    tokens = {"tokens_per_second": measure.rows / measure.median} if measure.part == "prefill" else {}
+    tokens = {"tokens_per_second": measure.tokens_per_second} if measure.part == "prefill" else {}
     return {
         "part": measure.part, "name": measure.name, "precision": measure.precision, "formats": measure.formats,
         "method": measure.method, "context": measure.context, "rows": measure.rows,

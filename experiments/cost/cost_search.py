@@ -38,11 +38,6 @@ class Prediction:
     spread: tuple[float, float] | None = None
     inner_accept_length: float | None = None
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Behind an answer's first token, which comes with the prefill."""
-        return self.accept_length / self.seconds
-
 
 def plain(costs: Costs) -> Prediction:
     """Plain decoding."""

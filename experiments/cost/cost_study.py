@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 import specmq_jax as sm
+from experiments.answers import metrics
 from experiments.cost import cost_search
 from experiments.cost.acceptance import agreement, text_ranks
 from experiments.cost.cost_search import Prediction, SmallRanks
@@ -69,10 +70,10 @@ class Findings:
         """The fastest setting, of one method or of all."""
         return max((p for p in self.predictions if method in (None, p.choice.method)), key=lambda p: p.speedup)
 
-    def tokens_per_second(self, prediction: Prediction) -> float:
-        """As `experiments.answers.metrics.speed` counts: with each answer's first token, in answers as long as those seen."""
-        behind = self.tokens - self.answers
-        return prediction.tokens_per_second * (self.tokens / behind if behind else 1.0)
+    def tokens_per_second(self, prediction: Prediction) -> float | None:
+        """Of answers as long as those seen; the first token of each needs no round. None where no answer has a second one."""
+        rounds = (self.tokens - self.answers) / prediction.accept_length
+        return metrics.speed([self.tokens], [rounds * prediction.seconds])
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -106,6 +106,11 @@ class Measure:
         return self.moved / self.bandwidth if self.bandwidth else None
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of a prompt that is taken in."""
+        return self.rows / self.median if self.part == "prefill" else None
+
+    @property
     def median(self) -> float:
         """Seconds a step."""
         return self.timing.median
