@@ -72,3 +72,12 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:40]} is too large for a number")
     return value
+
+
+def is_json(line: bytes) -> bool:
+    """Whether it is JSON as a whole."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -11,6 +11,7 @@ from typing import Any
 from experiments.answers.answer_format import Answer, parse
 from experiments.answers.answer_sidecar import Sidecar
 from specmq_jax.errors import UserError
+from specmq_jax.json_files import is_json
 
 _GOES_ON = "the answers it holds are kept, and the same command goes on behind them"
 _WAY_OUT = "give another --output_dir, or --noresume to replace them"
@@ -27,7 +28,7 @@ def read(path: pathlib.Path, *, unfinished: bool = False) -> list[Answer]:
       UserError: the file can't be read, is empty, or a line is malformed (its number and fault are named).
     """
     lines = _content(path).split(b"\n")
-    if unfinished and not _is_json(lines[-1]):
+    if unfinished and not is_json(lines[-1]):
         lines.pop()
     found = _parsed(path, lines)
     if not found:
@@ -185,14 +186,6 @@ def _content(path: pathlib.Path) -> bytes:
 
 def _parsed(path: pathlib.Path, lines: list[bytes]) -> list[Answer]:
     return [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _is_answer(line: bytes) -> bool:

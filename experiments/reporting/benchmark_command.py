@@ -24,6 +24,7 @@ from experiments.running.runner import Result
 from experiments.running.settings import Settings
 from specmq_jax.errors import UserError
 from specmq_jax.files import scratch
+from specmq_jax.json_files import is_json
 from specmq_jax.words import count
 
 _SCORE = absl_flags.DEFINE_list(
@@ -109,20 +110,12 @@ def _runs(address: str) -> list[Run]:
         content = path.read_bytes()
     except OSError:  # no such file, or FILE#N
         return answer_runs.find(address)
-    if not content.strip() or content.endswith(b"\n") or _is_json(content[content.rfind(b"\n") + 1:]):
+    if not content.strip() or content.endswith(b"\n") or is_json(content[content.rfind(b"\n") + 1:]):
         return answer_runs.find(address)
     with scratch("specmq_score") as directory:
         whole = directory / path.name
         whole.write_bytes(content[:content.rfind(b"\n") + 1])
         return [dataclasses.replace(run, path=path) for run in answer_runs.read(whole)]
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _of_file(path: pathlib.Path, asked: Sequence[Question]) -> Sequence[Question]:
