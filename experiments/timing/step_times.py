@@ -227,9 +227,10 @@ def _random_cache(model: sm.Model, rows: int) -> KVCache:
     """A cache full of normal values: zeros take less power, and with it a device at its power limit less time."""
     check_room(rows * traffic.row_bytes(model.new_cache), f"a cache of {rows} tokens")
     empty = jax.eval_shape(lambda: model.new_cache(rows))
-    draw = jax.jit(lambda key: jax.random.normal(key, empty.keys[0].shape, empty.keys[0].dtype))
-    keys, values = ([draw(key) for key in jax.random.split(jax.random.key(seed), len(empty.keys))] for seed in range(2))
-    return KVCache(keys=tuple(keys), values=tuple(values), length=jnp.int32(0), limit=rows)
+    leaves, structure = jax.tree.flatten(empty.layers)
+    draw = jax.jit(lambda key: jax.random.normal(key, leaves[0].shape, leaves[0].dtype))
+    drawn = [draw(key) for key in jax.random.split(jax.random.key(0), len(leaves))]
+    return KVCache(layers=jax.tree.unflatten(structure, drawn), length=jnp.int32(0), limit=rows)
 
 
 def _prompt(length: int, model: sm.Model) -> Int32[np.ndarray, "n"]:

@@ -366,7 +366,7 @@ class Decoder:
         hidden, features, cache = self._module.apply(params, tokens, cache)
         broken = ~jnp.all(jnp.isfinite(hidden), axis=1) & (jnp.arange(len(tokens)) < count)
         here = jnp.where(broken.any(), cache.length + jnp.argmax(broken).astype(jnp.int32), -1)
-        return (hidden[count - 1][None], features, cache.rewind(cache.length + count), jnp.where(fault >= 0, fault, here))
+        return hidden[count - 1][None], features, cache.advance(count), jnp.where(fault >= 0, fault, here)
 
     def _logits_of(self, params: Any, hidden: Float[Array, "1 D"]) -> Float[Array, "1 V"]:
         return self._module.apply(params, hidden, method="logits")

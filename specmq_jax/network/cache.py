@@ -5,48 +5,96 @@ from typing import Self
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.attention import api as attention_kernels
+from pallas_kernels.norm import RowScale
+from pallas_kernels.rope import api as rope_kernels
 from specmq_jax.network.config import LlamaConfig
-from specmq_jax.words import count, scalar
+from specmq_jax.network.rows import Rows
+from specmq_jax.words import count as counted
+from specmq_jax.words import scalar
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """What attention keeps of one layer's rows.
+
+    Attributes:
+      keys, values: float[max_len, kv_heads, head_dim]; keys are behind the rotary embedding.
+    """
+
+    keys: Float[Array, "L H D"]
+    values: Float[Array, "L H D"]
+
+    def append(self, qkv: Float[Array, "S M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None
+               ) -> tuple[Float[Array, "M Hq D"], Self]:
+        """The rotated queries of M rows from partial sums of their q|k|v, and the cache with their keys and values.
+
+        `row_scale` is a factor that the sums' rows are still owed.
+        """
+        query, keys, values = rope_kernels.rope_append(
+            qkv, rows.cos, rows.sin, self.keys, self.values, rows.start, heads=config.num_heads,
+            kv_heads=config.num_kv_heads, head_dim=config.head_dim, row_scale=row_scale)
+        return query, self.replace(keys=keys, values=values)
+
+    def attend(self, query: Float[Array, "M Hq D"], rows: Rows) -> Float[Array, "M Hq D"]:
+        """What the rows, which have been appended, mix of the values that they see."""
+        if rows.paths is not None:
+            return attention_kernels.ordered_attention(query, self.keys, self.values, rows.committed, rows.depth, rows.paths)
+        if rows.mask_words is None:
+            return attention_kernels.causal_attention(query, self.keys, self.values, rows.committed)
+        return attention_kernels.tree_attention(query, self.keys, self.values, rows.committed, rows.mask_words,
+                                                tail=rows.tail)
+
+    def keep(self, path: Int32[Array, "P"], length: Int32[Array, ""]) -> Self:
+        """Row length + path[j] becomes row length + j."""
+        return jax.tree.map(lambda rows: jax.lax.dynamic_update_slice_in_dim(rows, rows[length + path], length, 0), self)
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (after rotary embedding) and values of every layer.
+    """The cache of every layer.
 
     Attributes:
-      keys, values: per layer, float[max_len, kv_heads, head_dim].
+      layers: their caches.
       length: i32 scalar, rows that hold committed tokens. Rows past it are scratch: a rejected row is not erased, the
         next write covers it.
       limit: static, the tokens it is meant for, which some rotary embeddings depend on; it may have more rows.
     """
 
-    keys: tuple[Float[Array, "L H D"], ...]
-    values: tuple[Float[Array, "L H D"], ...]
+    layers: tuple[LayerCache, ...]
     length: Int32[Array, ""]
     limit: int = flax.struct.field(pytree_node=False)
 
     def __repr__(self) -> str:
-        rows = self.keys[0].shape if self.keys and hasattr(self.keys[0], "shape") else "?"
-        return f"KVCache({count(len(self.keys), 'layer')} of {rows}, length={scalar(self.length)}, limit={self.limit})"
+        rows = self.layers[0].keys.shape if self.layers and hasattr(self.layers[0].keys, "shape") else "?"
+        return (f"KVCache({counted(len(self.layers), 'layer')} of {rows}, length={scalar(self.length)}, "
+                f"limit={self.limit})")
 
     @classmethod
     def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype, *, limit: int | None = None) -> Self:
         """An empty cache of `max_len` rows a layer, meant for `limit` tokens (default: as many)."""
         shape = (max_len, config.num_kv_heads, config.head_dim)
-        layers = range(config.num_layers)
-        return cls(keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-                   values=tuple(jnp.zeros(shape, dtype) for _ in layers), length=jnp.int32(0),
-                   limit=limit or max_len)
+        layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        return cls(layers=layers, length=jnp.int32(0), limit=limit or max_len)
 
     @property
     def max_len(self) -> int:
-        return self.keys[0].shape[0]
+        return self.layers[0].keys.shape[0]
+
+    def rows(self, config: LlamaConfig, count: int, offsets: Int32[Array, "M"] | None = None,
+             mask: Bool[Array, "M C"] | None = None, *, skip: int = 0, reproducible: bool = False) -> Rows:
+        """`count` rows behind the committed ones; the rest as in `Rows.behind`."""
+        return Rows.behind(config, self.length, count, offsets, mask, limit=self.limit, skip=skip, reproducible=reproducible)
 
     def rewind(self, length: Int32[Array, ""] | int) -> Self:
         """The same rows with another committed length."""
         return self.replace(length=jnp.asarray(length, jnp.int32))
+
+    def advance(self, count: Int32[Array, ""] | int) -> Self:
+        """Commits the next `count` rows, which have been written."""
+        return self.rewind(self.length + count)
 
     def keep(self, path: Int32[Array, "P"], count: Int32[Array, ""], *, in_place: bool) -> Self:
         """Commits an accepted tree path: row length + path[j] moves to row length + j, and length grows by count.
@@ -54,10 +102,5 @@ class KVCache:
         Entries of `path` from `count` on may be anything inside the tree. `in_place` says that path[j] is j (a chain):
         then nothing moves.
         """
-        def gather(rows: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(rows, rows[self.length + path], self.length, 0)
-
-        keys, values = self.keys, self.values
-        if not in_place:
-            keys, values = tuple(map(gather, keys)), tuple(map(gather, values))
-        return self.replace(keys=keys, values=values, length=self.length + count)
+        layers = self.layers if in_place else tuple(layer.keep(path, self.length) for layer in self.layers)
+        return self.replace(layers=layers, length=self.length + count)

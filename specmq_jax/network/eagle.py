@@ -16,7 +16,7 @@ from pallas_kernels.partials import add_up
 from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
-from specmq_jax.network.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed, Rows
+from specmq_jax.network.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed
 
 ROTATED_TARGET = "rotated_target"
 """The entry of config.json by which an EAGLE-3 head says that it was made for a rotated target."""
@@ -87,7 +87,7 @@ class EagleHead(nn.Module):
             self.lm_head = Linear(layer.vocab_size, self.head_format)
 
     def __call__(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: KVCache,
-                 offsets: Int32[Array, "M"], mask: Bool[Array, "M C"] | None, *, own: bool, skip: int = 0
+                 offsets: Int32[Array, "M"] | None, mask: Bool[Array, "M C"] | None, *, own: bool, skip: int = 0
                  ) -> tuple[Float[Array, "M D"], KVCache]:
         """Features f32[M, D] of M rows behind the cache's committed ones.
 
@@ -95,20 +95,20 @@ class EagleHead(nn.Module):
           tokens: ids in the target's vocabulary.
           states: the target's, or with `own` the head's own features (which EAGLE-3 takes without `fc`).
           cache: its length stays.
-          offsets: positions of the rows from the cache's length.
+          offsets: positions of the rows from the cache's length; None for consecutive rows.
           mask: which rows behind the committed ones each row sees; None for causal.
           own: says whose `states` are.
           skip: rows of earlier levels behind the committed ones, which stay in the cache.
         """
-        rows = Rows.behind(self.config.layer, cache, offsets, mask, skip=skip)
+        rows = cache.rows(self.config.layer, len(tokens), offsets, mask, skip=skip)
         residual, x = self._joined(self.embed(tokens), states, own)
-        keys, values = list(cache.keys), list(cache.values)
-        update, keys[0], values[0] = self.attention(x, rows, keys[0], values[0])
+        layers = list(cache.layers)
+        update, layers[0] = self.attention(x, rows, layers[0])
         residual, x = self.mlp_norm(residual, update, deferred=True)
         update = self.mlp(x)
         for i, layer in enumerate(self.layers, start=1):
-            _, residual, update, keys[i], values[i] = layer(residual, update, rows, keys[i], values[i])
-        return residual + add_up(update), cache.replace(keys=tuple(keys), values=tuple(values))
+            _, residual, update, layers[i] = layer(residual, update, rows, layers[i])
+        return residual + add_up(update), cache.replace(layers=tuple(layers))
 
     def logits(self, features: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """f32 scores over the head's vocabulary."""
@@ -118,8 +118,7 @@ class EagleHead(nn.Module):
 
     def everything(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: KVCache) -> Float[Array, "M V"]:
         """Touches every parameter, for `init`."""
-        offsets = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        return self.logits(self(tokens, states, cache, offsets, None, own=False)[0])
+        return self.logits(self(tokens, states, cache, None, None, own=False)[0])
 
     def _joined(self, embedded: Float[Array, "M E"], states: Float[Array, "M F"], own: bool
                 ) -> tuple[Float[Array, "M D"], Normed]:

@@ -5,72 +5,19 @@ launch of its own.
 """
 
 import functools
-from typing import Self
 
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention import api as attention_kernels
 from pallas_kernels.mlp import api as mlp_kernels
 from pallas_kernels.norm import RowScale
 from pallas_kernels.norm import api as norm_kernels
-from pallas_kernels.rope import api as rope_kernels
 from specmq_jax.formats import DenseFormat, WeightFormat
-from specmq_jax.network.cache import KVCache
+from specmq_jax.network.cache import LayerCache
 from specmq_jax.network.config import LlamaConfig
-
-MOST_DECODE_ROWS = 64
-"""Up to this many causal rows take the decode kernel, which splits the cache among programs; more fill a GPU as they are."""
-
-
-@flax.struct.dataclass
-class Rows:
-    """What every layer needs to know of the rows it processes.
-
-    Attributes:
-      cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
-      start: i32 scalar; row i is written to cache row start + i.
-      committed: i32 scalar, cache rows that every row sees.
-      mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
-      tail: static, how many rows behind the committed ones the mask speaks of.
-      depth, paths: i32[M] and i32[M, M], what `ordered_attention` reads instead of the mask; None for other rows.
-    """
-
-    cos: Float[Array, "M D2"]
-    sin: Float[Array, "M D2"]
-    start: Int32[Array, ""]
-    committed: Int32[Array, ""]
-    mask_words: Int32[Array, "M W"] | None = None
-    tail: int = flax.struct.field(pytree_node=False, default=0)
-    depth: Int32[Array, "M"] | None = None
-    paths: Int32[Array, "M M"] | None = None
-
-    @classmethod
-    def behind(cls, config: LlamaConfig, cache: KVCache, offsets: Int32[Array, "M"], mask: Bool[Array, "M C"] | None,
-               *, skip: int = 0, reproducible: bool = False) -> Self:
-        """Rows that stand behind the cache's committed ones.
-
-        Args:
-          config: for the rotary table.
-          cache: its length is the first free row.
-          offsets: of each row's position from that length.
-          mask: which of the rows behind the committed ones each row sees; None for causal rows.
-          skip: rows behind the committed ones that hold earlier levels of a tree and stay.
-          reproducible: the rows are a whole tree, to be attended to in bits that each row's own path alone decides.
-        """
-        frequencies, scale = config.rope.frequencies(config.head_dim, cache.limit)
-        angles = (cache.length + offsets).astype(jnp.float32)[:, None] * frequencies
-        if mask is None and len(offsets) <= MOST_DECODE_ROWS:
-            mask = jnp.tri(len(offsets), dtype=bool)
-        rows = cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=cache.length + skip,
-                   committed=cache.length)
-        if mask is None:
-            return rows
-        if reproducible:
-            return rows.replace(depth=offsets, paths=attention_kernels.tree_paths(mask, offsets))
-        return rows.replace(mask_words=attention_kernels.pack_mask(mask), tail=mask.shape[1])
+from specmq_jax.network.rows import Rows
 
 
 class Linear(nn.Module):
@@ -131,29 +78,20 @@ class AddNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache, which it extends by the rows it is given."""
+    """Grouped-query attention over the layer's cache, which it extends by the rows it is given."""
 
     config: LlamaConfig
     format: WeightFormat
     reproducible: bool = False
 
     @nn.compact
-    def __call__(self, x: Normed, rows: Rows, keys: Float[Array, "L H d"], values: Float[Array, "L H d"]) -> tuple[
-            Float[Array, "S M D"], Float[Array, "L H d"], Float[Array, "L H d"]]:
+    def __call__(self, x: Normed, rows: Rows, cache: LayerCache) -> tuple[Float[Array, "S M D"], LayerCache]:
         config = self.config
         linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
         qkv = linear(config.qkv_features, name="qkv")(x.values, x.peaks)
-        query, keys, values = rope_kernels.rope_append(
-            qkv, rows.cos, rows.sin, keys, values, rows.start, heads=config.num_heads, kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim, row_scale=x.row_scale)
-        if rows.paths is not None:
-            mixed = attention_kernels.ordered_attention(query, keys, values, rows.committed, rows.depth, rows.paths)
-        elif rows.mask_words is None:
-            mixed = attention_kernels.causal_attention(query, keys, values, rows.committed)
-        else:
-            mixed = attention_kernels.tree_attention(query, keys, values, rows.committed, rows.mask_words, tail=rows.tail)
-        mixed = mixed.reshape(len(x.values), config.num_heads * config.head_dim)
-        return linear(config.hidden_size, name="o")(mixed), keys, values
+        query, cache = cache.append(qkv, rows, config, x.row_scale)
+        mixed = cache.attend(query, rows).reshape(len(x.values), config.num_heads * config.head_dim)
+        return linear(config.hidden_size, name="o")(mixed), cache
 
 
 class Mlp(nn.Module):
@@ -180,16 +118,14 @@ class Layer(nn.Module):
     reproducible: bool = False
 
     @nn.compact
-    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows,
-                 keys: Float[Array, "L H d"], values: Float[Array, "L H d"]):
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows, cache: LayerCache):
         """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
         eps = self.config.rms_norm_eps
         entering, x = AddNorm(eps, self.format, self.reproducible, name="attention_norm")(residual, update, deferred=True)
-        attention = Attention(self.config, self.format, self.reproducible, name="attention")
-        update, keys, values = attention(x, rows, keys, values)
+        update, cache = Attention(self.config, self.format, self.reproducible, name="attention")(x, rows, cache)
         residual, x = AddNorm(eps, self.format, self.reproducible, name="mlp_norm")(entering, update, deferred=True)
         update = Mlp(self.config.intermediate_size, self.format, self.reproducible, name="mlp")(x)
-        return entering, residual, update, keys, values
+        return entering, residual, update, cache
 
 
 class Embedding(nn.Module):

@@ -8,7 +8,7 @@ from pallas_kernels.partials import add_up
 from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
-from specmq_jax.network.layers import AddNorm, Embedding, Layer, Linear, Rows
+from specmq_jax.network.layers import AddNorm, Embedding, Layer, Linear
 
 
 class Llama(nn.Module):
@@ -53,16 +53,14 @@ class Llama(nn.Module):
           The states after the final norm in the layers' dtype, what a drafter reads (the captured streams joined in
           f32, else those same states), and the cache.
         """
-        offsets = jnp.arange(tokens.shape[0], dtype=jnp.int32) if depth is None else depth
-        rows = Rows.behind(self.config, cache, offsets, mask, reproducible=self.reproducible)
-        residual, update, captured = self.embed(tokens), None, {}
-        keys, values = list(cache.keys), list(cache.values)
+        rows = cache.rows(self.config, len(tokens), depth, mask, reproducible=self.reproducible)
+        residual, update, captured, layers = self.embed(tokens), None, {}, list(cache.layers)
         for i, layer in enumerate(self.layers):
-            captured[i], residual, update, keys[i], values[i] = layer(residual, update, rows, keys[i], values[i])
+            captured[i], residual, update, layers[i] = layer(residual, update, rows, layers[i])
         _, normed = self.norm(residual, update)
         hidden = normed.values
         features = jnp.concatenate([captured[i] for i in self.capture], axis=-1) if self.capture else hidden
-        return hidden, features, cache.replace(keys=tuple(keys), values=tuple(values))
+        return hidden, features, cache.replace(layers=tuple(layers))
 
     def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """f32 logits of final-norm states."""

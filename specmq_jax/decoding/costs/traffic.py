@@ -15,7 +15,7 @@ from specmq_jax.network.cache import KVCache
 def row_bytes(new_cache: Callable[[int], KVCache]) -> int:
     """Bytes of one token in the cache that `new_cache(max_len)` makes, all layers together."""
     cache = jax.eval_shape(lambda: new_cache(1))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
 
 
 def pass_bytes(model: Model, live: int) -> int:

@@ -83,7 +83,7 @@ class ChainDrafter:
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> ChainState:
         del next_tokens, features
         _, _, cache = self.model.module.apply(params, tokens, state.cache)
-        return ChainState(cache=cache.rewind(state.cache.length + count), previous=tokens[count - 1])
+        return ChainState(cache=cache.advance(count), previous=tokens[count - 1])
 
     def propose(self, params: Any, state: ChainState, root: Int32[Array, ""]) -> tuple[DraftTree, ChainState]:
         start = state.cache.length
@@ -100,8 +100,7 @@ class ChainDrafter:
 
     def advance(self, params: Any, state: ChainState, accepted: Accepted) -> ChainState:
         del params
-        return ChainState(cache=state.cache.rewind(state.cache.length + accepted.count),
-                          previous=accepted.nodes[accepted.count - 1])
+        return ChainState(cache=state.cache.advance(accepted.count), previous=accepted.nodes[accepted.count - 1])
 
     def accept_lengths(self, state: ChainState) -> Int32[np.ndarray, "n"]:
         del state

@@ -157,9 +157,8 @@ class EagleDrafter:
     def _commit(self, params: Any, state: EagleState, tokens: Int32[Array, "M"], states: Float[Array, "M F"],
                 count: Int32[Array, ""]) -> EagleState:
         """Runs the rows of `count` committed tokens with the target's states; the rest of M is padding."""
-        offsets = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        features, cache = self.head.module.apply(params["head"], tokens, states, state.cache, offsets, None, own=False)
-        return EagleState(cache=cache.rewind(cache.length + count), feature=features[count - 1])
+        features, cache = self.head.module.apply(params["head"], tokens, states, state.cache, None, None, own=False)
+        return EagleState(cache=cache.advance(count), feature=features[count - 1])
 
     def _expand(self, params: Any, cache: KVCache, tokens: Int32[Array, "K"], features: Float[Array, "K D"],
                 seen: Bool[Array, "K C"], level: int) -> tuple[Float[Array, "K D"], KVCache]:

@@ -118,8 +118,8 @@ class HierarchicalDrafter:
         del features
         _, features, cache = self._module.apply(params["model"], tokens, state.cache)
         inner = self.inner.prefill(params["inner"], state.inner, tokens, next_tokens, features, count)
-        length = state.cache.length + count
-        return state.replace(cache=cache.rewind(length), inner=inner, position=length)
+        cache = cache.advance(count)
+        return state.replace(cache=cache, inner=inner, position=cache.length)
 
     def propose(self, params: Any, state: HierarchicalState, root: Int32[Array, ""]
                 ) -> tuple[DraftTree, HierarchicalState]:

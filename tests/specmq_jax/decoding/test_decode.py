@@ -114,7 +114,7 @@ def test_after_any_acceptance_the_caches_equal_those_of_a_fresh_prefill(tiny, ti
         assert int(state.cache.length) == int(state.drafter.cache.length) == length - 1
         assert int(state.drafter.previous) == int(fresh.drafter.previous)
         for kept, new, rows in ((state.cache, fresh.cache, length - 1), (state.drafter.cache, fresh.drafter.cache, length - 2)):
-            for a, b in zip((*kept.keys, *kept.values), (*new.keys, *new.values), strict=True):
+            for a, b in zip(jax.tree.leaves(kept.layers), jax.tree.leaves(new.layers), strict=True):
                 np.testing.assert_allclose(a[:rows], b[:rows], rtol=1e-4, atol=1e-5)
 
 
@@ -180,6 +180,6 @@ def test_output_ends_where_the_cache_is_full(tiny):
 def test_a_round_reads_the_weights_once_and_moves_no_cache(tiny):
     decoder = sm.Decoder(tiny, sm.ChainDrafter(tiny, 2), sm.DecodeConfig(max_len=64))
     state = decoder.prefill([1, 2, 3])
-    buffers = [leaf.unsafe_buffer_pointer() for leaf in state.cache.keys]
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)]
     state = decoder.round(state)
-    assert [leaf.unsafe_buffer_pointer() for leaf in state.cache.keys] == buffers
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)] == buffers

@@ -196,11 +196,11 @@ class PathModule:
         if method == "logits":
             return params[args[0][:, 0].astype(jnp.int32)]
         tokens, features, cache, offsets, seen = args
-        rows = jax.lax.dynamic_update_slice(cache.keys[0], tokens.astype(jnp.float32)[:, None, None],
+        rows = jax.lax.dynamic_update_slice(cache.layers[0], tokens.astype(jnp.float32)[:, None, None],
                                             (cache.length + skip, jnp.int32(0), jnp.int32(0)))
         behind = jax.lax.dynamic_slice_in_dim(rows, cache.length, seen.shape[1])[:, 0, 0]
         features = (7 * features[:, 0] + 13 * tokens + 3 * jnp.sum(jnp.where(seen, behind, 0), axis=1) + offsets) % HASHES
-        return features[:, None], cache.replace(keys=(rows,))
+        return features[:, None], cache.replace(layers=(rows,))
 
 
 def path_hash(start, path):

@@ -43,7 +43,7 @@ def decode(decoder: sm.Decoder, prompt: list[int]) -> tuple[list[int], list[np.n
         state = decoder.round(state)
     length = int(state.length)
     return (np.asarray(state.tokens)[:length].tolist(),
-            [np.asarray(rows)[:length - 1] for rows in (*state.cache.keys, *state.cache.values)])
+            [np.asarray(rows)[:length - 1] for rows in jax.tree.leaves(state.cache.layers)])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,0 +1,63 @@
+"""Where the rows of a pass stand and what each of them sees: the one place that knows positions and masks."""
+
+from typing import Self
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.attention import api as attention_kernels
+from specmq_jax.network.config import LlamaConfig
+
+MOST_DECODE_ROWS = 64
+"""Up to this many causal rows take the decode kernel, which splits the cache among programs; more fill a GPU as they are."""
+
+
+@flax.struct.dataclass
+class Rows:
+    """What every layer needs to know of the rows it processes.
+
+    Attributes:
+      cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
+      start: i32 scalar; row i is written to cache row start + i.
+      committed: i32 scalar, cache rows that every row sees.
+      mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
+      tail: static, how many rows behind the committed ones the mask speaks of.
+      depth, paths: i32[M] and i32[M, M], what `ordered_attention` reads instead of the mask; None for other rows.
+    """
+
+    cos: Float[Array, "M D2"]
+    sin: Float[Array, "M D2"]
+    start: Int32[Array, ""]
+    committed: Int32[Array, ""]
+    mask_words: Int32[Array, "M W"] | None = None
+    tail: int = flax.struct.field(pytree_node=False, default=0)
+    depth: Int32[Array, "M"] | None = None
+    paths: Int32[Array, "M M"] | None = None
+
+    @classmethod
+    def behind(cls, config: LlamaConfig, length: Int32[Array, ""], count: int, offsets: Int32[Array, "M"] | None,
+               mask: Bool[Array, "M C"] | None, *, limit: int, skip: int = 0, reproducible: bool = False) -> Self:
+        """Rows that stand behind the committed rows of a cache.
+
+        Args:
+          config: for the rotary table.
+          length: committed rows; the first free row is the next one.
+          count: M.
+          offsets: of each row's position from that length; None for consecutive rows.
+          mask: which of the rows behind the committed ones each row sees; None for causal rows.
+          limit: the tokens the cache is meant for, which some rotary embeddings depend on.
+          skip: rows behind the committed ones that hold earlier levels of a tree and stay.
+          reproducible: the rows are a whole tree, to be attended to in bits that each row's own path alone decides.
+        """
+        offsets = jnp.arange(count, dtype=jnp.int32) if offsets is None else offsets
+        frequencies, scale = config.rope.frequencies(config.head_dim, limit)
+        angles = (length + offsets).astype(jnp.float32)[:, None] * frequencies
+        if mask is None and count <= MOST_DECODE_ROWS:
+            mask = jnp.tri(count, dtype=bool)
+        rows = cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=length + skip, committed=length)
+        if mask is None:
+            return rows
+        if reproducible:
+            return rows.replace(depth=offsets, paths=attention_kernels.tree_paths(mask, offsets))
+        return rows.replace(mask_words=attention_kernels.pack_mask(mask), tail=mask.shape[1])
