@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Int32
@@ -27,6 +26,7 @@ from specmq_jax import tokenizer as tk
 from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination
+from specmq_jax.formats import DenseFormat
 from specmq_jax.json_files import read_json
 from specmq_jax.loading.contents import checkpoint_digest, json_digest
 from specmq_jax.loading.model import Model, load
@@ -92,12 +92,12 @@ def train(source: str, destination: pathlib.Path, settings: Settings, console: C
 def _train(destination: pathlib.Path, settings: Settings, console: Console, target: Model, content: str,
            dialogues: list[tuple[str, ...]]) -> int:
     """Makes the head of a training that is on record, and returns its updates."""
-    from checkpoints_tools.training import answers, batched, head_files, rows
+    from checkpoints_tools.training import answers, head_files, rows
     from checkpoints_tools.training.objective import Objective
     from checkpoints_tools.training.trainer import Schedule, Trainer
 
-    params = batched.dense_parameters(target)
-    sequences = answers.sequences(_answered(settings, console, target, params, content, dialogues))
+    dense = target.dense()
+    sequences = answers.sequences(_answered(settings, console, target, dense, content, dialogues))
     if not sequences.tokens:
         raise UserError(f"no prompt was answered, so that there is nothing to train on; give shorter ones, or a --length above "
                         f"{settings.length}")
@@ -110,34 +110,34 @@ def _train(destination: pathlib.Path, settings: Settings, console: Console, targ
     updates = max(1, round(settings.epochs * tokens / (settings.batch * settings.length)))
     console.print(f"training: {count(len(inside), 'answer')} of {tokens} tokens with the prompts, {len(outside)} held out; "
                   f"{count(updates, 'update')} of {settings.batch} x {settings.length} tokens", highlight=False, soft_wrap=True)
-    objective = Objective(target=target.config, head=config, steps=settings.drafts, dtype=_dtype())
+    objective = Objective.of(dense, config, steps=settings.drafts, precision=_precision())
     schedule = Schedule(steps=updates, batch=settings.batch, length=settings.length, learning_rate=settings.learning_rate,
                         seed=settings.seed)
-    trainer = Trainer(objective, schedule, params, ids, settings.work_dir, console)
-    start = head_files.initial_parameters(config, params, ids, jax.random.key(settings.seed))
+    trainer = Trainer(objective, schedule, dense.params, ids, settings.work_dir, console)
+    start = head_files.initial_parameters(config, dense.params, ids, jax.random.key(settings.seed))
     trained = trainer.train(start, sequences, inside, outside)
     head_files.export(destination, jax.device_get(trained.params), config, official, ids)
     return trained.steps
 
 
-def _answered(settings: Settings, console: Console, target: Model, params: Any, content: str,
+def _answered(settings: Settings, console: Console, target: Model, dense: Model, content: str,
               dialogues: list[tuple[str, ...]]) -> "AnswerStore":
     """The target's answers, as far as they are missing made."""
     from checkpoints_tools.training import answers
     from checkpoints_tools.training.sampler import Sampler
 
     tokenizer = tk.load_tokenizer(target.directory)
-    sampler = Sampler(config=target.config, slots=settings.slots or _slots(target, settings.length), max_len=settings.length,
+    sampler = Sampler(module=dense.module, slots=settings.slots or _slots(target, settings.length), max_len=settings.length,
                       max_new_tokens=settings.max_new_tokens, stop_tokens=tk.stop_tokens(tokenizer, target.directory))
     made = answers.settings(content, target.precision, sampler)
     with answers.claimed(settings.answers):
         answers.check_kept(settings.answers, made)
         if settings.self_prompts:
             asked = json_digest([made, settings.self_prompts, settings.seed])
-            dialogues = dialogues + answers.own_prompts(settings.answers / f"own_prompts_{asked}.jsonl", sampler, params,
+            dialogues = dialogues + answers.own_prompts(settings.answers / f"own_prompts_{asked}.jsonl", sampler, dense.params,
                                                         tokenizer, settings.self_prompts, settings.seed, console)
         store = answers.AnswerStore(settings.answers, made | {"prompts": json_digest(dialogues)})
-        answers.make(store, sampler, params, tokenizer, dialogues, console)
+        answers.make(store, sampler, dense.params, tokenizer, dialogues, console)
     return store
 
 
@@ -146,11 +146,12 @@ def _identity(settings: Settings, content: str, target: Model, dialogues: list[t
     own = ("self_prompts", "version", "max_new_tokens", "length", "batch", "epochs", "learning_rate", "drafts",
            "draft_vocabulary", "held_out", "seed")
     return {"model content": content, "precision": target.precision, "prompts": json_digest(dialogues),
-            **{name: getattr(settings, name) for name in own}, "arithmetic": jnp.dtype(_dtype()).name}
+            **{name: getattr(settings, name) for name in own}, "arithmetic": _precision().dtype.name}
 
 
-def _dtype() -> Any:
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def _precision() -> DenseFormat:
+    """That a head is trained in."""
+    return DenseFormat(kind="fp32" if jax.default_backend() == "cpu" else "bf16")
 
 
 def _check_destination(destination: pathlib.Path, record: "TrainingRecord") -> None:

@@ -114,7 +114,7 @@ class Quantiser:
 
         def weight_for(name: str, inputs: Inputs) -> Float[Array, "K N"]:
             path = prefix + name
-            made[path] = self._quantise(path, weights[name], inputs) if found is None else _behind(inputs, found[path])
+            made[path] = self._quantise(path, weights[name], inputs) if found is None else found[path]
             return self._target.linear.unpack(made[path], self._shapes[path])
 
         walk(self._config, weights, stream, weight_for)
@@ -124,7 +124,7 @@ class Quantiser:
     def _quantise(self, path: str, weight: Float[Array, "K N"], inputs: Inputs) -> Weight:
         gptq = self._recipe.gptq
         if gptq is None:
-            return _behind(inputs, conversion.pack(path, weight, self._target))
+            return conversion.pack(path, weight, self._target)
         hessian, count = jnp.zeros((len(weight), len(weight)), jnp.float32), 0
         for x in inputs:
             hessian, count = _add_products(hessian, x), count + len(x)
@@ -141,13 +141,6 @@ class Quantiser:
     def _kept(self, layer: int, kept: KeptLayers) -> dict[str, Weight] | None:
         prefix = f"layers_{layer}/"
         return kept.load(layer, {path: shape for path, shape in self._shapes.items() if path.startswith(prefix)})
-
-
-def _behind(inputs: Inputs, weight: Weight) -> Weight:
-    """The weight, once all inputs have passed."""
-    for _ in inputs:
-        pass
-    return weight
 
 
 @jax.jit

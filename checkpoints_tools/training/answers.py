@@ -14,13 +14,13 @@ from jaxtyping import Int32
 from rich.console import Console
 
 from checkpoints_tools.training.answer_parts import Row, find_parts, next_part, read_part, write_part
-from checkpoints_tools.training.batched import Params
 from checkpoints_tools.training.sampler import Completion, Request, Sampler
 from specmq_jax import tokenizer as tk
 from specmq_jax import words
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_text
 from specmq_jax.kept_settings import changes, read_settings, write_settings
+from specmq_jax.loading.model import Params
 from specmq_jax.locks import locked
 
 PART = 1024

@@ -10,12 +10,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int32
 
-from checkpoints_tools.training.batched import Params
 from checkpoints_tools.writers.shards import save_tensors
 from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination, staged
 from specmq_jax.loading.checkpoint import write_json
 from specmq_jax.loading.head_tensors import head_tensors
+from specmq_jax.loading.model import Params
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.eagle import EagleConfig, eagle_config
 
@@ -51,7 +51,8 @@ def new_config(official: Mapping[str, Any], target: LlamaConfig) -> EagleConfig:
 
 
 def initial_parameters(config: EagleConfig, target: Params, ids: Int32[np.ndarray, "V"] | None, key: Array) -> dict[str, Any]:
-    """f32 parameters: random, but for an EAGLE-3 head's norm and lm_head, which begin as the target's."""
+    """f32 arrays, all that is trained: random, but for an EAGLE-3 head's norm and lm_head, which begin as those of a dense
+    target."""
     tensors, params = head_tensors(config), {}
     drawn = [path for path in tensors if path.endswith("/w") and path != "lm_head/w"]
     for path, part in zip(drawn, jax.random.split(key, len(drawn)), strict=True):
@@ -59,14 +60,15 @@ def initial_parameters(config: EagleConfig, target: Params, ids: Int32[np.ndarra
         params[path] = jax.random.normal(part, shape, jnp.float32) * shape[0]**-0.5
     params |= {path: jnp.ones(parts[0].shape, jnp.float32) for path, parts in tensors.items() if path.endswith("/scale")}
     if config.version == 3:
-        columns = target["lm_head"]["w"] if "lm_head" in target else target["embed"]["table"].T
+        targets = target["params"]
+        columns = targets["lm_head"]["w"].values if "lm_head" in targets else targets["embed"]["table"].T
         columns = columns if ids is None else columns[:, ids]
         params |= {"lm_head/w": jnp.array(columns, jnp.float32),
-                   "norm/scale": jnp.array(target["norm"]["scale"], jnp.float32)}
+                   "norm/scale": jnp.array(targets["norm"]["scale"], jnp.float32)}
     return unflatten_dict(params, sep="/")
 
 
-def export(destination: pathlib.Path, params: Params, config: EagleConfig, official: dict[str, Any],
+def export(destination: pathlib.Path, params: Mapping[str, Any], config: EagleConfig, official: dict[str, Any],
            ids: Int32[np.ndarray, "V"] | None) -> None:
     """Writes config.json and model.safetensors (f16) in the official layout; nothing is left where it fails.
 
@@ -93,7 +95,7 @@ def _halves(name: str, values: Any) -> Float[np.ndarray, "..."]:
     return made
 
 
-def _official_tensors(params: Params, config: EagleConfig) -> dict[str, np.ndarray]:
+def _official_tensors(params: Mapping[str, Any], config: EagleConfig) -> dict[str, np.ndarray]:
     """What the head has of its own; the other tables are its target's."""
     own, found = flatten_dict(params, sep="/"), {}
     for path, tensors in head_tensors(config).items():

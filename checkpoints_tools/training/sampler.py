@@ -5,18 +5,23 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from checkpoints_tools.training import batched
+from pallas_kernels.norm import RowScale
+from pallas_kernels.rope import api as rope_kernels
 from specmq_jax.decoding.verification import are_sound
 from specmq_jax.errors import NotFiniteError
+from specmq_jax.loading.model import Params
 from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.llama import Llama
+from specmq_jax.network.rows import Rows
+from specmq_jax.network.sequences import Sequences, attention
 
 _NONE = -1
 """Stands for a token that can't be drawn, and ends its answer."""
@@ -39,23 +44,61 @@ class Completion:
 
 
 @flax.struct.dataclass
+class SlotLayer:
+    """One layer's keys and values of B sequences.
+
+    Attributes:
+      keys, values: float[B, kv_heads, L, head_dim].
+    """
+
+    keys: Float[Array, "B H L d"]
+    values: Float[Array, "B H L d"]
+
+    def append(self, qkv: Float[Array, "1 B F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None, *,
+               implementation: str | None = None) -> tuple[Float[Array, "B Hq d"], Self]:
+        del implementation  # there is one
+        query, key, value = rope_kernels.rotated(qkv, rows.cos, rows.sin, heads=config.num_heads,
+                                                 kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+                                                 dtype=self.keys.dtype, row_scale=row_scale)
+        place = jnp.arange(len(query)), slice(None), rows.start
+        return query, self.replace(keys=self.keys.at[place].set(key), values=self.values.at[place].set(value))
+
+    def attend(self, query: Float[Array, "B Hq d"], rows: Rows, *, implementation: str | None = None
+               ) -> Float[Array, "B Hq d"]:
+        del implementation
+        return attention(query[:, None], self.keys, self.values, rows.mask)[:, 0]
+
+    def put(self, slots: Int32[Array, "P"], keys: Float[Array, "P H S d"], values: Float[Array, "P H S d"]) -> Self:
+        """The rows of whole prompts in these slots; those of slots that there are not are dropped."""
+        width = keys.shape[2]
+        return self.replace(keys=self.keys.at[slots, :, :width].set(keys, mode="drop"),
+                            values=self.values.at[slots, :, :width].set(values, mode="drop"))
+
+
+@flax.struct.dataclass
 class Slots:
-    """B sequences.
+    """B sequences, and the cache of a pass over the newest token of each.
 
     Attributes:
       tokens: i32[B, L], prompt and answer.
       length: i32[B], tokens that are there; the newest is not in the cache yet.
       limit: i32[B], the length at which the answer is cut.
       done: bool[B].
-      keys, values: per layer, [B, kv_heads, L, head_dim].
+      layers: their keys and values.
     """
 
     tokens: Int32[Array, "B L"]
     length: Int32[Array, "B"]
     limit: Int32[Array, "B"]
     done: Bool[Array, "B"]
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    layers: tuple[SlotLayer, ...]
+
+    def rows(self, config: LlamaConfig, count: int, offsets: None = None, mask: None = None, *, skip: int = 0,
+             reproducible: bool = False) -> Rows:
+        del count, offsets, mask, skip, reproducible
+        newest, room = self.length - 1, self.tokens.shape[1]
+        seen = jnp.arange(room) <= newest[:, None]
+        return Rows.among(config, newest, seen[:, None], limit=room, start=newest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +106,7 @@ class Sampler:
     """How to answer.
 
     Attributes:
-      config: the model's.
+      module: the model's, dense.
       slots: sequences decoded side by side.
       max_len: tokens of prompt and answer that a slot holds.
       max_new_tokens: of an answer.
@@ -73,7 +116,7 @@ class Sampler:
       steps: decoded between two looks at what has ended.
     """
 
-    config: LlamaConfig
+    module: Llama
     slots: int
     max_len: int
     max_new_tokens: int
@@ -82,12 +125,12 @@ class Sampler:
     admitted: int = 32
     steps: int = 16
 
-    def run(self, params: batched.Params, requests: Iterable[Request], *, seed: int = 0,
+    def run(self, params: Params, requests: Iterable[Request], *, seed: int = 0,
             follow_up: Callable[[Completion], Request | None] = lambda _: None) -> Iterator[Completion]:
         """Answers all requests, in the order in which their answers end.
 
         Args:
-          params: as `batched.dense_parameters` gives them.
+          params: the model's.
           requests: prompts of fewer than `max_len` tokens.
           seed: of the drawing.
           follow_up: may give one request more for a completion.
@@ -97,7 +140,7 @@ class Sampler:
         """
         waiting = collections.deque(requests)
         held: list[Request | None] = [None] * self.slots
-        state = self._empty(params)
+        state = self._empty()
         keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), itertools.count())
         while True:
             free = [slot for slot, request in enumerate(held) if request is None]
@@ -123,15 +166,14 @@ class Sampler:
                     waiting.appendleft(another)
                 yield completion
 
-    def _empty(self, params: batched.Params) -> Slots:
-        shape = (self.slots, self.config.num_kv_heads, self.max_len, self.config.head_dim)
-        dtype = params["layers_0"]["attention"]["qkv"]["w"].dtype
-        caches = [tuple(jnp.zeros(shape, dtype) for _ in range(self.config.num_layers)) for _ in range(2)]
+    def _empty(self) -> Slots:
+        config, dtype = self.module.config, self.module.format.dtype
+        shape = (self.slots, config.num_kv_heads, self.max_len, config.head_dim)
+        layers = tuple(SlotLayer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         return Slots(tokens=jnp.zeros((self.slots, self.max_len), jnp.int32), length=jnp.ones(self.slots, jnp.int32),
-                     limit=jnp.ones(self.slots, jnp.int32), done=jnp.ones(self.slots, bool), keys=caches[0],
-                     values=caches[1])
+                     limit=jnp.ones(self.slots, jnp.int32), done=jnp.ones(self.slots, bool), layers=layers)
 
-    def _admit(self, params: batched.Params, state: Slots, taken: list[tuple[int, Request]], key: Array) -> Slots:
+    def _admit(self, params: Params, state: Slots, taken: list[tuple[int, Request]], key: Array) -> Slots:
         longest = max(len(request.prompt) for _, request in taken)
         width = min(self.max_len, max(64, 1 << (longest - 1).bit_length()))
         prompts, counts = np.zeros((self.admitted, width), np.int32), np.ones(self.admitted, np.int32)
@@ -141,9 +183,9 @@ class Sampler:
             counts[row], slots[row] = len(request.prompt), slot
         return _prefill(self, params, state, slots, prompts, counts, key)
 
-    def _draw(self, params: batched.Params, hidden: Array, key: Array) -> Int32[Array, "B"]:
+    def _draw(self, params: Params, hidden: Array, key: Array) -> Int32[Array, "B"]:
         """A token a row, `_NONE` behind a state that is not finite."""
-        logits = batched.target_logits(params, hidden)
+        logits = self.module.apply(params, hidden, method="logits")
         if self.temperature:
             drawn = jax.random.categorical(key, logits / self.temperature, axis=-1).astype(jnp.int32)
         else:
@@ -166,51 +208,35 @@ def _check(completion: Completion) -> None:
 
 
 @jax.jit(static_argnums=0, donate_argnums=2)
-def _prefill(sampler: Sampler, params: batched.Params, state: Slots, slots: Int32[Array, "P"],
+def _prefill(sampler: Sampler, params: Params, state: Slots, slots: Int32[Array, "P"],
              prompts: Int32[Array, "P S"], counts: Int32[Array, "P"], key: Array) -> Slots:
     """Puts prompts into slots and draws the first token of each answer."""
     count, width = prompts.shape
-    mask = jnp.tri(width, dtype=bool)[None]
-    keys, values = list(state.keys), list(state.values)
-
-    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-        k, v = batched.heads_first(k), batched.heads_first(v)
-        keys[layer] = keys[layer].at[slots, :, :width].set(k, mode="drop")
-        values[layer] = values[layer].at[slots, :, :width].set(v, mode="drop")
-        return batched.attention(q, k, v, mask)
-
-    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    hidden, _ = batched.target_states(sampler.config, params, prompts, positions, attend, length=sampler.max_len)
-    first = sampler._draw(params, hidden[jnp.arange(count), counts - 1], key)
+    module = sampler.module
+    sequences = Sequences.causal(module.config, count, width, module.format.dtype, limit=sampler.max_len)
+    hidden, _, sequences = module.apply(params, prompts.reshape(-1), sequences)
+    first = sampler._draw(params, hidden[jnp.arange(count) * width + counts - 1], key)
     rows = jnp.pad(prompts, ((0, 0), (0, sampler.max_len - width))).at[jnp.arange(count), counts].set(first)
     limit = jnp.minimum(counts + sampler.max_new_tokens, sampler.max_len)
     return state.replace(
         tokens=state.tokens.at[slots].set(rows, mode="drop"), length=state.length.at[slots].set(counts + 1, mode="drop"),
         limit=state.limit.at[slots].set(limit, mode="drop"),
         done=state.done.at[slots].set(sampler._stops(first) | (counts + 1 >= limit), mode="drop"),
-        keys=tuple(keys), values=tuple(values))
+        layers=tuple(layer.put(slots, made.keys[0], made.values[0])
+                     for layer, made in zip(state.layers, sequences.layers, strict=True)))
 
 
 @jax.jit(static_argnums=0, donate_argnums=2)
-def _decode(sampler: Sampler, params: batched.Params, state: Slots, key: Array) -> Slots:
+def _decode(sampler: Sampler, params: Params, state: Slots, key: Array) -> Slots:
     """`sampler.steps` tokens more in every slot that is not done."""
     every = jnp.arange(sampler.slots)
 
     def step(i: Array, state: Slots) -> Slots:
-        keys, values, position = list(state.keys), list(state.values), state.length - 1
-        mask = (jnp.arange(sampler.max_len) <= position[:, None])[:, None]
-
-        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-            keys[layer] = keys[layer].at[every, :, position].set(k[:, 0])
-            values[layer] = values[layer].at[every, :, position].set(v[:, 0])
-            return batched.attention(q, keys[layer], values[layer], mask)
-
-        hidden, _ = batched.target_states(sampler.config, params, state.tokens[every, position][:, None],
-                                          position[:, None], attend, length=sampler.max_len)
-        token = sampler._draw(params, hidden[:, 0], jax.random.fold_in(key, i))
+        hidden, _, state = sampler.module.apply(params, state.tokens[every, state.length - 1], state)
+        token = sampler._draw(params, hidden, jax.random.fold_in(key, i))
         length = state.length + ~state.done
         tokens = state.tokens.at[every, jnp.where(state.done, sampler.max_len, state.length)].set(token, mode="drop")
         done = state.done | sampler._stops(token) | (length >= state.limit)
-        return state.replace(tokens=tokens, length=length, done=done, keys=tuple(keys), values=tuple(values))
+        return state.replace(tokens=tokens, length=length, done=done)
 
     return jax.lax.fori_loop(0, sampler.steps, step, state)

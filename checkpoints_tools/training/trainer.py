@@ -17,12 +17,12 @@ from rich.console import Console
 
 from checkpoints_tools.training import rows as row_packing
 from checkpoints_tools.training.answers import Sequences
-from checkpoints_tools.training.batched import Params
 from checkpoints_tools.training.checkpoints import Checkpoints
 from checkpoints_tools.training.objective import Acceptance, Objective
 from checkpoints_tools.training.rows import Rows
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_text
+from specmq_jax.loading.model import Params
 from specmq_jax.words import count
 
 
@@ -76,7 +76,7 @@ class Trainer:
         """
         Args:
           objective, schedule: what and how.
-          target: the target's dense parameters.
+          target: the target's parameters.
           ids: target ids of the head's vocabulary, None where it is the target's.
           directory: of checkpoints and log.jsonl.
           console: where progress is told.

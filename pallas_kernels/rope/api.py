@@ -36,15 +36,8 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
     Raises:
       ValueError: shapes or dtypes that do not fit each other, or more rows than the cache has.
     """
-    if head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; expected an even number")
-    if qkv.ndim != 3 or qkv.shape[0] < 1 or qkv.shape[2] != (heads + 2 * kv_heads) * head_dim:
-        raise ValueError(f"qkv has shape {list(qkv.shape)}; expected [S, M, {(heads + 2 * kv_heads) * head_dim}] for "
-                         f"{heads} and {kv_heads} heads of {head_dim}")
+    _check(qkv, cos, sin, heads, kv_heads, head_dim)
     rows = qkv.shape[1]
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (rows, head_dim // 2) or table.dtype != jnp.float32:
-            raise ValueError(f"{name} is {table.dtype}{list(table.shape)}; expected float32[{rows}, {head_dim // 2}]")
     if k_cache.ndim != 3 or k_cache.shape[1:] != (kv_heads, head_dim) or k_cache.shape[0] < rows:
         raise ValueError(f"k_cache has shape {list(k_cache.shape)}; expected [at least {rows}, {kv_heads}, {head_dim}]")
     if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
@@ -60,6 +53,29 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
         config = kernel.Config(**fields) if fields else kernel.heuristic(rows)
     return kernel.rope_append(qkv, cos, sin, k_cache, v_cache, length, row_scale, heads=heads, kv_heads=kv_heads,
                               head_dim=head_dim, config=config, interpret=chosen == "interpret")
+
+
+def rotated(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"], *, heads: int, kv_heads: int,
+            head_dim: int, dtype: jnp.dtype, row_scale: RowScale | None = None
+            ) -> tuple[Float[Array, "M Hq d"], Float[Array, "M Hkv d"], Float[Array, "M Hkv d"]]:
+    """q, k and v in `dtype` as `rope_append` makes them, without a cache to write to; it can be differentiated.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+    _check(qkv, cos, sin, heads, kv_heads, head_dim)
+    return reference.rotated(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
+                             row_scale=row_scale)
+
+
+def _check(qkv: Array, cos: Array, sin: Array, heads: int, kv_heads: int, head_dim: int) -> None:
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; expected an even number")
+    if qkv.ndim != 3 or qkv.shape[0] < 1 or qkv.shape[2] != (heads + 2 * kv_heads) * head_dim:
+        raise ValueError(f"qkv has shape {list(qkv.shape)}; expected [S, M, {(heads + 2 * kv_heads) * head_dim}] for "
+                         f"{heads} and {kv_heads} heads of {head_dim}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (qkv.shape[1], head_dim // 2) or table.dtype != jnp.float32:
+            raise ValueError(f"{name} is {table.dtype}{list(table.shape)}; expected float32[{qkv.shape[1]}, {head_dim // 2}]")
 
 
 def tuning_key(rows: int, heads: int, kv_heads: int, head_dim: int) -> str:

@@ -18,22 +18,29 @@ def rotate(x: Float[Array, "M H d"], cos: Float[Array, "M d2"], sin: Float[Array
     return jnp.concatenate([a_cos - b_sin, a_sin + b_cos], axis=-1)
 
 
+def rotated(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"], *, heads: int, kv_heads: int,
+            head_dim: int, dtype: jnp.dtype, row_scale: RowScale | None = None
+            ) -> tuple[Float[Array, "M Hq d"], Float[Array, "M Hkv d"], Float[Array, "M Hkv d"]]:
+    """See `api.rotated`."""
+    total = add_up(qkv)
+    if row_scale is not None:
+        total = total * row_scale.values[:, None]
+    total = total.reshape(-1, heads + 2 * kv_heads, head_dim)
+    q, k, v = jnp.split(total, (heads, heads + kv_heads), axis=1)
+    q, k = (jnp.where(_pairwise(fits(x, jnp.float32)), narrowed(rotate(x, cos, sin), dtype), jnp.nan) for x in (q, k))
+    sound = fits(v, dtype)
+    return q, jnp.where(_pairwise(sound), k, jnp.nan), jnp.where(sound, v, 0).astype(dtype)
+
+
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
                 k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
                 heads: int, kv_heads: int, head_dim: int, row_scale: RowScale | None = None
                 ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
     """See `api.rope_append`."""
-    rows = qkv.shape[1]
-    total = add_up(qkv)
-    if row_scale is not None:
-        total = total * row_scale.values[:, None]
-    total = total.reshape(rows, heads + 2 * kv_heads, head_dim)
-    q, k, v = jnp.split(total, (heads, heads + kv_heads), axis=1)
-    dtype, start = k_cache.dtype, (length, 0, 0)
-    q, k = (jnp.where(_pairwise(fits(x, jnp.float32)), narrowed(rotate(x, cos, sin), dtype), jnp.nan) for x in (q, k))
-    sound = fits(v, dtype)
-    k, v = jnp.where(_pairwise(sound), k, jnp.nan), jnp.where(sound, v, 0).astype(dtype)
-    return (q, jax.lax.dynamic_update_slice(k_cache, k, start), jax.lax.dynamic_update_slice(v_cache, v, start))
+    q, k, v = rotated(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=k_cache.dtype,
+                      row_scale=row_scale)
+    start = (length, 0, 0)
+    return q, jax.lax.dynamic_update_slice(k_cache, k, start), jax.lax.dynamic_update_slice(v_cache, v, start)
 
 
 def _pairwise(sound: Bool[Array, "M H d"]) -> Bool[Array, "M H d"]:

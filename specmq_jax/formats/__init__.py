@@ -1,5 +1,7 @@
 """Weight formats by name: the only place that knows precisions."""
 
+import jax.numpy as jnp
+
 from specmq_jax.errors import UserError
 from specmq_jax.formats.base import MOST_REPRODUCIBLE_ROWS, Weight, WeightFormat
 from specmq_jax.formats.dense import Dense, DenseFormat
@@ -20,7 +22,7 @@ from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format, Int4TwoLevel
 
 __all__ = ["MOST_REPRODUCIBLE_ROWS", "ChannelInt4", "ChannelInt8", "Dense", "DenseFormat", "GroupedInt4", "Int4Channel",
            "Int4Group", "Int4GroupFormat", "Int4Int8Format", "Int4TwoLevel", "Int8Channel", "Int8ChannelFormat", "Logical",
-           "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense_values", "expand", "expanded", "get",
+           "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense", "dense_values", "expand", "expanded", "get",
            "largest", "names", "peak"]
 
 _FORMATS: tuple[WeightFormat, ...] = (
@@ -47,3 +49,8 @@ def get(name: str) -> WeightFormat:
         if weight_format.name == wanted:
             return weight_format
     raise UserError(f"precision {name!r} is not known; choose one of {', '.join(names())}")
+
+
+def dense(dtype: jnp.dtype) -> DenseFormat:
+    """The format of weights that are stored in an activations' dtype."""
+    return next(DenseFormat(kind=kind) for kind in ("fp32", "bf16", "fp16") if DenseFormat(kind=kind).dtype == dtype)

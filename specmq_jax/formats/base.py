@@ -90,13 +90,14 @@ class WeightFormat(abc.ABC):
 
     @abc.abstractmethod
     def matmul(self, x: Float[Array, "M K"], weight: Weight, *, peaks: Float[Array, "M C"] | None = None,
-               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
+               halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "S M N"]:
         """x @ w as S partial sums, which the reader adds up in f32 (S = 1 where the product is whole).
 
         `peaks` are the largest magnitudes in C parts of each row of x, where they are known; 8-bit activations ask for them.
         The sums are f32, but f16 where `halves` allows them and they save time.
         With `reproducible`, a row's bits on a GPU are the same whatever other rows there are, for up to
-        `MOST_REPRODUCIBLE_ROWS` of them.
+        `MOST_REPRODUCIBLE_ROWS` of them. The kernels' `implementation` is the backend's own where it is None; the reference of
+        dense weights can be differentiated.
         """
 
     def outputs(self, weight: Weight, kept: Int32[Array, "n"]) -> Weight:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dense
+from pallas_kernels import dense, launch
 from pallas_kernels.partials import add_up
 from specmq_jax.formats.base import WeightFormat
 from specmq_jax.formats.logical import Logical
@@ -54,25 +54,26 @@ class DenseFormat(WeightFormat):
         return weight.values.astype(jnp.float32)
 
     def matmul(self, x: Float[Array, "M K"], weight: Dense, *, peaks: Float[Array, "M C"] | None = None,
-               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
-        if reproducible or self._fills_no_gpu(len(x), *weight.values.shape):
-            return dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), reproducible=reproducible)
+               halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "S M N"]:
+        if reproducible or self._fills_no_gpu(len(x), *weight.values.shape, implementation):
+            return dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), reproducible=reproducible,
+                                         implementation=implementation)
         return self._product(x, weight.values, contract=0)[None]
 
-    def transposed_matmul(self, x: Float[Array, "M K"], table: Float[Array, "N K"], *, reproducible: bool = False
-                          ) -> Float[Array, "M N"]:
-        """x @ table^T in f32: an embedding table that serves as the output projection; `reproducible` as in `matmul`."""
+    def transposed_matmul(self, x: Float[Array, "M K"], table: Float[Array, "N K"], *, reproducible: bool = False,
+                          implementation: str | None = None) -> Float[Array, "M N"]:
+        """x @ table^T in f32: an embedding table that serves as the output projection; options as in `matmul`."""
         if reproducible:
             return add_up(dense.matmul_partials(x.astype(self.dtype), table.astype(self.dtype), transposed=True,
-                                                reproducible=True))
+                                                reproducible=True, implementation=implementation))
         if jax.default_backend() == "cpu":
             # a CPU is faster with the long side on the left: 5.0 ms instead of 7.2 for 4 rows and 49152 x 576 in f32
             return self._product(table, x, contract=1).T
         return self._product(x, table, contract=1)
 
-    def _fills_no_gpu(self, rows: int, inner: int, columns: int) -> bool:
+    def _fills_no_gpu(self, rows: int, inner: int, columns: int, implementation: str | None) -> bool:
         """Whether XLA's product of a step's rows would need the split of K that the kernel does without a launch of its own."""
-        return (jax.default_backend() == "gpu" and self.kind != "fp32" and rows <= dense.MOST_ROWS
+        return (launch.choose(implementation) != "reference" and self.kind != "fp32" and rows <= dense.MOST_ROWS
                 and columns < _WIDE_COLUMNS and inner % 16 == 0)
 
     def _product(self, left: Float[Array, "M K"], right: Float[Array, "A B"], *, contract: int) -> Float[Array, "M N"]:

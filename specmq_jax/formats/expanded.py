@@ -66,8 +66,8 @@ class ExpandedIntegersFormat(WeightFormat):
         return weight.integers * weight.scales - weight.offsets
 
     def matmul(self, x: Float[Array, "M K"], weight: ExpandedIntegers, *, peaks: Float[Array, "M C"] | None = None,
-               halves: bool = False, reproducible: bool = False) -> Float[Array, "1 M N"]:
-        del peaks, halves, reproducible  # sums of whole numbers are the same in any order, up to 2^24
+               halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "1 M N"]:
+        del peaks, halves, reproducible, implementation  # sums of whole numbers are the same in any order, up to 2^24
         codes, row_scales = w8a8.quantise_rows(x)
         codes = codes.astype(jnp.float32)
         product = exact.rounded(jnp.dot(codes, weight.integers, precision="highest") * weight.scales)

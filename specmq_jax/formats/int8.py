@@ -51,11 +51,13 @@ class Int8ChannelFormat(WeightFormat):
         return ChannelInt8(weight.values.T, weight.scales).dense()
 
     def matmul(self, x: Float[Array, "M K"], weight: Int8Channel, *, peaks: Float[Array, "M C"] | None = None,
-               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
+               halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "S M N"]:
         if self.activation_bits == 8:
-            return w8a8.matmul_partials(*w8a8.quantise_rows(x, peaks=peaks), weight.values, weight.scales,
-                                        halves=halves, reproducible=reproducible)
-        return w8a16.matmul_partials(x.astype(self.dtype), weight.values, weight.scales, reproducible=reproducible)
+            codes, scales = w8a8.quantise_rows(x, peaks=peaks, implementation=implementation)
+            return w8a8.matmul_partials(codes, scales, weight.values, weight.scales, halves=halves,
+                                        reproducible=reproducible, implementation=implementation)
+        return w8a16.matmul_partials(x.astype(self.dtype), weight.values, weight.scales, reproducible=reproducible,
+                                     implementation=implementation)
 
     def outputs(self, weight: Int8Channel, kept: Int32[Array, "n"]) -> Int8Channel:
         return Int8Channel(weight.values[kept], weight.scales[kept])

@@ -102,18 +102,20 @@ class Int4Int8Format(WeightFormat):
         return integers.T.astype(jnp.float32) * weight.channel_scales
 
     def matmul(self, x: Float[Array, "M K"], weight: Any, *, peaks: Float[Array, "M C"] | None = None,
-               halves: bool = False, reproducible: bool = False) -> Float[Array, "S M N"]:
+               halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "S M N"]:
         # QServe's epilogue takes zero points times the activations as they were. Their rounding then meets q, which is of one
         # sign, instead of q less its zero point: a model packed by DeepCompressor erred by 3.9 % of its logits' norm so, and
         # errs by 1.3 % with the sums of the rounded activations.
-        codes, row_scales, *sums = w8a8.quantise_rows(x, peaks=peaks, sums=self.group_size if self._zeros else None)
+        codes, row_scales, *sums = w8a8.quantise_rows(x, peaks=peaks, sums=self.group_size if self._zeros else None,
+                                                         implementation=implementation)
         sums = sums[0] if sums else None
         if isinstance(weight, Int4TwoLevel):
             return w4a8.group_partials(codes, row_scales, sums, weight.packed, weight.groups, weight.channel_scales,
-                                       weight.saturates, halves=halves, reproducible=reproducible)
+                                       weight.saturates, halves=halves, reproducible=reproducible,
+                                       implementation=implementation)
         return w4a8.channel_partials(codes, row_scales, sums, weight.packed, weight.scales,
                                      weight.offsets if self._zeros else None, halves=halves,
-                                     reproducible=reproducible)
+                                     reproducible=reproducible, implementation=implementation)
 
     def outputs(self, weight: Any, kept: Int32[Array, "n"]) -> Any:
         if isinstance(weight, Int4Channel):

@@ -75,9 +75,24 @@ class Model:
         """
         if precision == self.precision:
             return self
-        linear, current, shapes = formats.get(precision), self._formats, parameter_shapes(self.config)
+        linear = formats.get(precision)
         expanded = self.module.format.name != self.precision  # and stays so
-        held = dataclasses.replace(current, linear=formats.expanded(linear) if expanded else linear)
+        return self._held(linear, dataclasses.replace(self._formats, linear=formats.expanded(linear) if expanded else linear))
+
+    def dense(self) -> "Model":
+        """The same values as dense weights in the activations' dtype, multiplied by the kernels' references: what can be
+        differentiated, and what rows enough to fill a device are multiplied by.
+
+        Raises:
+          UserError: values outside that dtype's range.
+        """
+        dense = formats.dense(self.module.format.dtype)
+        made = self._held(dense, dataclasses.replace(self._formats, linear=dense, head=dense))
+        return dataclasses.replace(made, module=made.module.clone(implementation="reference"))
+
+    def _held(self, linear: WeightFormat, held: Formats) -> "Model":
+        """The same weights in the formats `held`; a layer's are rounded to what `linear` can hold."""
+        current, shapes = self._formats, parameter_shapes(self.config)
         weights, peaks = traverse_util.flatten_dict(self.params["params"], sep="/"), {}
         made = {path: self._repacked(path, weight, shapes[path], current, linear, held, peaks)
                 for path, weight in weights.items()}

@@ -1,6 +1,6 @@
 """Key-value cache of one sequence."""
 
-from typing import Self
+from typing import Any, Protocol, Self
 
 import flax.struct
 import jax
@@ -16,9 +16,36 @@ from specmq_jax.words import count as counted
 from specmq_jax.words import scalar
 
 
+class LayerCache(Protocol):
+    """What attention keeps of one layer's rows."""
+
+    def append(self, qkv: Float[Array, "S M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None, *,
+               implementation: str | None = None) -> tuple[Float[Array, "M Hq D"], Self]:
+        """The rotated queries of M rows from partial sums of their q|k|v, and the cache with their keys and values.
+
+        `row_scale` is a factor that the sums' rows are still owed.
+        """
+
+    def attend(self, query: Float[Array, "M Hq D"], rows: Rows, *, implementation: str | None = None
+               ) -> Float[Array, "M Hq D"]:
+        """What the rows, which have been appended, mix of the values that they see."""
+
+
+class Cache(Protocol):
+    """What the network asks of a cache; its layers are replaced with `replace`, as in any `flax.struct.dataclass`."""
+
+    layers: tuple[LayerCache, ...]
+
+    def rows(self, config: LlamaConfig, count: int, offsets: Int32[Array, "M"] | None = None,
+             mask: Bool[Array, "M C"] | None = None, *, skip: int = 0, reproducible: bool = False) -> Rows:
+        """The `count` rows of a pass; the rest as in `Rows.behind`."""
+
+    def replace(self, **changes: Any) -> Self: ...
+
+
 @flax.struct.dataclass
-class LayerCache:
-    """What attention keeps of one layer's rows.
+class StoredLayer:
+    """One layer's rows of one sequence.
 
     Attributes:
       keys, values: float[max_len, kv_heads, head_dim]; keys are behind the rotary embedding.
@@ -27,25 +54,21 @@ class LayerCache:
     keys: Float[Array, "L H D"]
     values: Float[Array, "L H D"]
 
-    def append(self, qkv: Float[Array, "S M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None
-               ) -> tuple[Float[Array, "M Hq D"], Self]:
-        """The rotated queries of M rows from partial sums of their q|k|v, and the cache with their keys and values.
-
-        `row_scale` is a factor that the sums' rows are still owed.
-        """
+    def append(self, qkv: Float[Array, "S M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None, *,
+               implementation: str | None = None) -> tuple[Float[Array, "M Hq D"], Self]:
         query, keys, values = rope_kernels.rope_append(
             qkv, rows.cos, rows.sin, self.keys, self.values, rows.start, heads=config.num_heads,
-            kv_heads=config.num_kv_heads, head_dim=config.head_dim, row_scale=row_scale)
+            kv_heads=config.num_kv_heads, head_dim=config.head_dim, row_scale=row_scale, implementation=implementation)
         return query, self.replace(keys=keys, values=values)
 
-    def attend(self, query: Float[Array, "M Hq D"], rows: Rows) -> Float[Array, "M Hq D"]:
-        """What the rows, which have been appended, mix of the values that they see."""
+    def attend(self, query: Float[Array, "M Hq D"], rows: Rows, *, implementation: str | None = None
+               ) -> Float[Array, "M Hq D"]:
+        stored = query, self.keys, self.values, rows.committed
         if rows.paths is not None:
-            return attention_kernels.ordered_attention(query, self.keys, self.values, rows.committed, rows.depth, rows.paths)
+            return attention_kernels.ordered_attention(*stored, rows.depth, rows.paths, implementation=implementation)
         if rows.mask_words is None:
-            return attention_kernels.causal_attention(query, self.keys, self.values, rows.committed)
-        return attention_kernels.tree_attention(query, self.keys, self.values, rows.committed, rows.mask_words,
-                                                tail=rows.tail)
+            return attention_kernels.causal_attention(*stored, implementation=implementation)
+        return attention_kernels.tree_attention(*stored, rows.mask_words, tail=rows.tail, implementation=implementation)
 
     def keep(self, path: Int32[Array, "P"], length: Int32[Array, ""]) -> Self:
         """Row length + path[j] becomes row length + j."""
@@ -63,7 +86,7 @@ class KVCache:
       limit: static, the tokens it is meant for, which some rotary embeddings depend on; it may have more rows.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[StoredLayer, ...]
     length: Int32[Array, ""]
     limit: int = flax.struct.field(pytree_node=False)
 
@@ -76,7 +99,7 @@ class KVCache:
     def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype, *, limit: int | None = None) -> Self:
         """An empty cache of `max_len` rows a layer, meant for `limit` tokens (default: as many)."""
         shape = (max_len, config.num_kv_heads, config.head_dim)
-        layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        layers = tuple(StoredLayer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         return cls(layers=layers, length=jnp.int32(0), limit=limit or max_len)
 
     @property
@@ -85,7 +108,6 @@ class KVCache:
 
     def rows(self, config: LlamaConfig, count: int, offsets: Int32[Array, "M"] | None = None,
              mask: Bool[Array, "M C"] | None = None, *, skip: int = 0, reproducible: bool = False) -> Rows:
-        """`count` rows behind the committed ones; the rest as in `Rows.behind`."""
         return Rows.behind(config, self.length, count, offsets, mask, limit=self.limit, skip=skip, reproducible=reproducible)
 
     def rewind(self, length: Int32[Array, ""] | int) -> Self:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partials import add_up
 from specmq_jax.formats import DenseFormat, WeightFormat
-from specmq_jax.network.cache import KVCache
+from specmq_jax.network.cache import Cache
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed
 
@@ -58,37 +58,41 @@ class EagleConfig:
 
 
 class EagleHead(nn.Module):
-    """Drafts features and logits from tokens and states; needs no target while a tree grows."""
+    """Drafts features and logits from tokens and states; needs no target while a tree grows.
+
+    `implementation` is as in `Llama`.
+    """
 
     config: EagleConfig
     format: WeightFormat
     head_format: WeightFormat
     embed_format: DenseFormat
+    implementation: str | None = None
 
     def setup(self) -> None:
-        config, layer = self.config, self.config.layer
-        self.embed = Embedding(config.vocab_size, config.embed_size, self.embed_format)
-        self.fc = Linear(layer.hidden_size, self.format)
+        config, layer, how = self.config, self.config.layer, (False, self.implementation)
+        self.embed = Embedding(config.vocab_size, config.embed_size, self.embed_format, *how)
+        self.fc = Linear(layer.hidden_size, self.format, *how)
         if config.bias:
             self.fc_bias = self.param("fc_bias", nn.initializers.zeros_init(), (layer.hidden_size,), jnp.float32)
-        self.attention = Attention(layer, self.format)
-        self.mlp_norm = AddNorm(layer.rms_norm_eps, self.format)
-        self.mlp = Mlp(layer.intermediate_size, self.format)
-        self.layers = [Layer(layer, self.format) for _ in range(layer.num_layers - 1)]
+        self.attention = Attention(layer, self.format, *how)
+        self.mlp_norm = AddNorm(layer.rms_norm_eps, self.format, *how)
+        self.mlp = Mlp(layer.intermediate_size, self.format, *how)
+        self.layers = [Layer(layer, self.format, *how) for _ in range(layer.num_layers - 1)]
         if config.rotated:
-            self.rotation = Linear(config.feature_size, self.format)
+            self.rotation = Linear(config.feature_size, self.format, *how)
         if config.version == 3:
-            self.embed_norm = AddNorm(layer.rms_norm_eps, self.format)
-            self.state_norm = AddNorm(layer.rms_norm_eps, self.format)
-            self.norm = AddNorm(layer.rms_norm_eps, self.format)
+            self.embed_norm = AddNorm(layer.rms_norm_eps, self.format, *how)
+            self.state_norm = AddNorm(layer.rms_norm_eps, self.format, *how)
+            self.norm = AddNorm(layer.rms_norm_eps, self.format, *how)
         if config.tied_head:
-            self.output_table = Embedding(layer.vocab_size, layer.hidden_size, self.embed_format)
+            self.output_table = Embedding(layer.vocab_size, layer.hidden_size, self.embed_format, *how)
         else:
-            self.lm_head = Linear(layer.vocab_size, self.head_format)
+            self.lm_head = Linear(layer.vocab_size, self.head_format, *how)
 
-    def __call__(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: KVCache,
+    def __call__(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: Cache,
                  offsets: Int32[Array, "M"] | None, mask: Bool[Array, "M C"] | None, *, own: bool, skip: int = 0
-                 ) -> tuple[Float[Array, "M D"], KVCache]:
+                 ) -> tuple[Float[Array, "M D"], Cache]:
         """Features f32[M, D] of M rows behind the cache's committed ones.
 
         Args:
@@ -116,7 +120,7 @@ class EagleHead(nn.Module):
             features = self.norm(features, None)[1].values
         return self.output_table.attend(features) if self.config.tied_head else self.lm_head(features).sum(0)
 
-    def everything(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: KVCache) -> Float[Array, "M V"]:
+    def everything(self, tokens: Int32[Array, "M"], states: Float[Array, "M F"], cache: Cache) -> Float[Array, "M V"]:
         """Touches every parameter, for `init`."""
         return self.logits(self(tokens, states, cache, None, None, own=False)[0])
 

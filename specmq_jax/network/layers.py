@@ -21,20 +21,26 @@ from specmq_jax.network.rows import Rows
 
 
 class Linear(nn.Module):
-    """x @ w, without bias; `peaks`, `halves` and `reproducible` as in `WeightFormat.matmul`."""
+    """x @ w, without bias; options as in `WeightFormat.matmul`.
+
+    What it multiplies is sown as "inputs" among the intermediates, which costs nothing where they are not mutable.
+    """
 
     features: int
     format: WeightFormat
     reproducible: bool = False
+    implementation: str | None = None
     halves: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "M K"], peaks: Float[Array, "M C"] | None = None) -> Float[Array, "S M N"]:
+        self.sow("intermediates", "inputs", x)
         # Flax would trace `init`, quantiser and all, at every use to compare shapes; the formats check those themselves.
         present = self.has_variable("params", "w")
         weight = (self.get_variable("params", "w") if present else
                   self.param("w", self.format.init, (x.shape[-1], self.features)))
-        return self.format.matmul(x, weight, peaks=peaks, halves=self.halves, reproducible=self.reproducible)
+        return self.format.matmul(x, weight, peaks=peaks, halves=self.halves, reproducible=self.reproducible,
+                                  implementation=self.implementation)
 
 
 @flax.struct.dataclass
@@ -61,6 +67,7 @@ class AddNorm(nn.Module):
     eps: float
     format: WeightFormat
     reproducible: bool = False
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, *, deferred: bool = False
@@ -68,12 +75,13 @@ class AddNorm(nn.Module):
         """The sum and its normalised form, whose factor is left to the reader where `deferred` allows it."""
         scale = self.param("scale", nn.initializers.ones_init(), residual.shape[-1:], jnp.float32)
         if not deferred:
-            residual, values = norm_kernels.add_rms_norm(residual, update, scale, eps=self.eps,
-                                                         out_dtype=self.format.dtype, reproducible=self.reproducible)
+            residual, values = norm_kernels.add_rms_norm(
+                residual, update, scale, eps=self.eps, out_dtype=self.format.dtype, reproducible=self.reproducible,
+                implementation=self.implementation)
             return residual, Normed(values)
         residual, values, row_scale, peaks = norm_kernels.add_rms_norm_deferred(
             residual, update, scale, eps=self.eps, out_dtype=self.format.dtype,
-            with_peaks=self.format.wants_peaks, reproducible=self.reproducible)
+            with_peaks=self.format.wants_peaks, reproducible=self.reproducible, implementation=self.implementation)
         return residual, Normed(values, row_scale, peaks)
 
 
@@ -83,14 +91,17 @@ class Attention(nn.Module):
     config: LlamaConfig
     format: WeightFormat
     reproducible: bool = False
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Normed, rows: Rows, cache: LayerCache) -> tuple[Float[Array, "S M D"], LayerCache]:
         config = self.config
-        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
+        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible,
+                                   implementation=self.implementation, halves=True)
         qkv = linear(config.qkv_features, name="qkv")(x.values, x.peaks)
-        query, cache = cache.append(qkv, rows, config, x.row_scale)
-        mixed = cache.attend(query, rows).reshape(len(x.values), config.num_heads * config.head_dim)
+        query, cache = cache.append(qkv, rows, config, x.row_scale, implementation=self.implementation)
+        mixed = cache.attend(query, rows, implementation=self.implementation)
+        mixed = mixed.reshape(len(x.values), config.num_heads * config.head_dim)
         return linear(config.hidden_size, name="o")(mixed), cache
 
 
@@ -100,13 +111,15 @@ class Mlp(nn.Module):
     intermediate_size: int
     format: WeightFormat
     reproducible: bool = False
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Normed) -> Float[Array, "S M D"]:
-        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible, halves=True)
+        linear = functools.partial(Linear, format=self.format, reproducible=self.reproducible,
+                                   implementation=self.implementation, halves=True)
         gate_up = linear(2 * self.intermediate_size, name="gate_up")(x.values, x.peaks)
         hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale,
-                                             with_peaks=self.format.wants_peaks)
+                                             with_peaks=self.format.wants_peaks, implementation=self.implementation)
         return linear(x.values.shape[-1], name="down")(hidden, peaks)
 
 
@@ -116,16 +129,31 @@ class Layer(nn.Module):
     config: LlamaConfig
     format: WeightFormat
     reproducible: bool = False
+    implementation: str | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        config, how = self.config, (self.format, self.reproducible, self.implementation)
+        self.attention_norm = AddNorm(config.rms_norm_eps, *how)
+        self.attention = Attention(config, *how)
+        self.mlp_norm = AddNorm(config.rms_norm_eps, *how)
+        self.mlp = Mlp(config.intermediate_size, *how)
+
     def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows, cache: LayerCache):
         """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
-        eps = self.config.rms_norm_eps
-        entering, x = AddNorm(eps, self.format, self.reproducible, name="attention_norm")(residual, update, deferred=True)
-        update, cache = Attention(self.config, self.format, self.reproducible, name="attention")(x, rows, cache)
-        residual, x = AddNorm(eps, self.format, self.reproducible, name="mlp_norm")(entering, update, deferred=True)
-        update = Mlp(self.config.intermediate_size, self.format, self.reproducible, name="mlp")(x)
-        return entering, residual, update, cache
+        entering, update, cache = self.attend(residual, update, rows, cache)
+        return entering, *self.feed_forward(entering, update), cache
+
+    def attend(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows, cache: LayerCache
+               ) -> tuple[Float[Array, "M D"], Float[Array, "S M D"], LayerCache]:
+        """The first half: the stream that entered, the attention's output, the cache."""
+        entering, x = self.attention_norm(residual, update, deferred=True)
+        return entering, *self.attention(x, rows, cache)
+
+    def feed_forward(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None
+                     ) -> tuple[Float[Array, "M D"], Float[Array, "S M D"]]:
+        """The second half: the stream that entered it, the MLP's output."""
+        residual, x = self.mlp_norm(residual, update, deferred=True)
+        return residual, self.mlp(x)
 
 
 class Embedding(nn.Module):
@@ -135,6 +163,7 @@ class Embedding(nn.Module):
     features: int
     format: DenseFormat
     reproducible: bool = False
+    implementation: str | None = None
 
     def setup(self) -> None:
         self.table = self.param("table", nn.initializers.normal(self.features**-0.5), (self.vocab_size, self.features),
@@ -144,4 +173,5 @@ class Embedding(nn.Module):
         return self.table[tokens].astype(jnp.float32)
 
     def attend(self, x: Float[Array, "M D"]) -> Float[Array, "M V"]:
-        return self.format.transposed_matmul(x, self.table, reproducible=self.reproducible)
+        return self.format.transposed_matmul(x, self.table, reproducible=self.reproducible,
+                                             implementation=self.implementation)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partials import add_up
 from specmq_jax.formats import DenseFormat, WeightFormat
-from specmq_jax.network.cache import KVCache
+from specmq_jax.network.cache import Cache
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.layers import AddNorm, Embedding, Layer, Linear
 
@@ -22,6 +22,8 @@ class Llama(nn.Module):
       capture: layers whose entering residual streams a drafter reads; empty where it reads the final states.
       reproducible: on a GPU a row's states and logits have the same bits whatever tree it stands in, for trees of at most
         `formats.MOST_REPRODUCIBLE_ROWS` nodes; of the other operations each computes a row, or an element, by itself.
+      implementation: of the kernels, None for the backend's own. With "reference" and dense formats the network can be
+        differentiated.
     """
 
     config: LlamaConfig
@@ -30,22 +32,24 @@ class Llama(nn.Module):
     embed_format: DenseFormat
     capture: tuple[int, ...] = ()
     reproducible: bool = False
+    implementation: str | None = None
 
     def setup(self) -> None:
-        config = self.config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, self.embed_format, self.reproducible)
-        self.layers = [Layer(config, self.format, self.reproducible) for _ in range(config.num_layers)]
-        self.norm = AddNorm(config.rms_norm_eps, self.format, self.reproducible)
+        config, how = self.config, (self.reproducible, self.implementation)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, self.embed_format, *how)
+        self.layers = [Layer(config, self.format, *how) for _ in range(config.num_layers)]
+        self.norm = AddNorm(config.rms_norm_eps, self.format, *how)
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.vocab_size, self.head_format, self.reproducible)
+            self.lm_head = Linear(config.vocab_size, self.head_format, *how)
 
-    def __call__(self, tokens: Int32[Array, "M"], cache: KVCache, depth: Int32[Array, "M"] | None = None,
-                 mask: Bool[Array, "M M"] | None = None) -> tuple[Float[Array, "M D"], Float[Array, "M F"], KVCache]:
-        """Runs M rows that stand behind the cache's committed ones.
+    def __call__(self, tokens: Int32[Array, "M"], cache: Cache, depth: Int32[Array, "M"] | None = None,
+                 mask: Bool[Array, "M M"] | None = None) -> tuple[Float[Array, "M D"], Float[Array, "M F"], Cache]:
+        """Runs M rows that stand behind the cache's committed ones, or those of whole sequences one behind the other.
 
         Args:
           tokens: ids.
-          cache: its rows [length, length + M) are overwritten; its length stays (the caller commits what it accepts).
+          cache: a `KVCache`, whose rows [length, length + M) are overwritten and whose length stays (the caller commits what it
+            accepts), or another cache, which knows where the rows stand and what they see.
           depth: of each row in a draft tree, so its position is length + depth; None for consecutive rows.
           mask: bool[M, M], which of these rows each row sees besides all committed ones; None for causal.
 
@@ -66,6 +70,6 @@ class Llama(nn.Module):
         """f32 logits of final-norm states."""
         return self.embed.attend(hidden) if self.config.tie_embeddings else add_up(self.lm_head(hidden))
 
-    def everything(self, tokens: Int32[Array, "M"], cache: KVCache) -> Float[Array, "M V"]:
+    def everything(self, tokens: Int32[Array, "M"], cache: Cache) -> Float[Array, "M V"]:
         """Touches every parameter: `init(key, tokens, cache, method="everything")` makes random weights."""
         return self.logits(self(tokens, cache)[0])

@@ -19,21 +19,24 @@ class Rows:
 
     Attributes:
       cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
-      start: i32 scalar; row i is written to cache row start + i.
+      start: i32 scalar; row i is written to cache row start + i. Of slots, i32[B]: where each one's row is written.
       committed: i32 scalar, cache rows that every row sees.
       mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
       tail: static, how many rows behind the committed ones the mask speaks of.
       depth, paths: i32[M] and i32[M, M], what `ordered_attention` reads instead of the mask; None for other rows.
+      mask: bool[B or 1, S, T], which of T keys each of a sequence's S rows sees where the M = B * S rows are those of sequences
+        side by side; None for rows behind one sequence's cache.
     """
 
     cos: Float[Array, "M D2"]
     sin: Float[Array, "M D2"]
-    start: Int32[Array, ""]
-    committed: Int32[Array, ""]
+    start: Int32[Array, "..."] | None = None
+    committed: Int32[Array, ""] | None = None
     mask_words: Int32[Array, "M W"] | None = None
     tail: int = flax.struct.field(pytree_node=False, default=0)
     depth: Int32[Array, "M"] | None = None
     paths: Int32[Array, "M M"] | None = None
+    mask: Bool[Array, "#B S T"] | None = None
 
     @classmethod
     def behind(cls, config: LlamaConfig, length: Int32[Array, ""], count: int, offsets: Int32[Array, "M"] | None,
@@ -51,13 +54,26 @@ class Rows:
           reproducible: the rows are a whole tree, to be attended to in bits that each row's own path alone decides.
         """
         offsets = jnp.arange(count, dtype=jnp.int32) if offsets is None else offsets
-        frequencies, scale = config.rope.frequencies(config.head_dim, limit)
-        angles = (length + offsets).astype(jnp.float32)[:, None] * frequencies
+        cos, sin = _rotation(config, length + offsets, limit)
         if mask is None and count <= MOST_DECODE_ROWS:
             mask = jnp.tri(count, dtype=bool)
-        rows = cls(cos=jnp.cos(angles) * scale, sin=jnp.sin(angles) * scale, start=length + skip, committed=length)
+        rows = cls(cos=cos, sin=sin, start=length + skip, committed=length)
         if mask is None:
             return rows
         if reproducible:
             return rows.replace(depth=offsets, paths=attention_kernels.tree_paths(mask, offsets))
         return rows.replace(mask_words=attention_kernels.pack_mask(mask), tail=mask.shape[1])
+
+    @classmethod
+    def among(cls, config: LlamaConfig, positions: Int32[Array, "B S"], mask: Bool[Array, "#B S T"], *, limit: int,
+              start: Int32[Array, "B"] | None = None) -> Self:
+        """Rows of B sequences side by side, at these positions; the rest as in the attributes and in `behind`."""
+        cos, sin = _rotation(config, positions.reshape(-1), limit)
+        return cls(cos=cos, sin=sin, start=start, mask=mask)
+
+
+def _rotation(config: LlamaConfig, positions: Int32[Array, "M"], limit: int
+              ) -> tuple[Float[Array, "M D2"], Float[Array, "M D2"]]:
+    frequencies, scale = config.rope.frequencies(config.head_dim, limit)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
