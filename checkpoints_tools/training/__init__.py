@@ -1,1 +1,1 @@
-"""Training of EAGLE heads: answers from the target itself, batched passes, the loss over unrolled drafts, export."""
+"""Training of EAGLE heads: answers from the target itself, the loss over unrolled drafts, export."""

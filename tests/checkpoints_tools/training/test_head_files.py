@@ -9,7 +9,7 @@ from sources import DATA
 import specmq_jax as sm
 from checkpoints_tools.convert_eagle_rotation import convert_head
 from checkpoints_tools.rotate import rotate
-from checkpoints_tools.training import batched, head_files
+from checkpoints_tools.training import head_files
 from specmq_jax.json_files import read_json
 
 BASE, HEAD = DATA / "checkpoints" / "fp16", DATA / "eagle" / "eagle2_head"
@@ -19,7 +19,7 @@ def test_a_head_that_training_has_driven_beyond_half_precision_is_not_written(tm
     target = sm.load(BASE, expand=True)
     official = head_files.official_config(2, target.config, read_json(BASE / "config.json"), 512)
     config = head_files.new_config(official, target.config)
-    params = head_files.initial_parameters(config, batched.dense_parameters(target), None, jax.random.key(0))
+    params = head_files.initial_parameters(config, target.dense().params, None, jax.random.key(0))
     head_files.export(tmp_path / "good", params, config, official, None)
     assert sm.load_head(tmp_path / "good", target).config == config
     for value in (np.nan, 1e5):

@@ -1,4 +1,4 @@
-"""Training of heads: its batched passes are those of decoding, and a run can be killed, resumed and loaded."""
+"""Training of heads: slots answer as decoding does, and a run can be killed, resumed and loaded."""
 
 import io
 import json
@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from rich.console import Console
 
 import specmq_jax as sm
 from checkpoints_tools import train_eagle
-from checkpoints_tools.training import answers, batched, rows, trainer
+from checkpoints_tools.training import answers, rows, trainer
 from checkpoints_tools.training.sampler import Request, Sampler
 from specmq_jax import tokenizer as tk
 
@@ -22,62 +21,14 @@ DATA = pathlib.Path(__file__).parents[2] / "data"
 BASES = {2: DATA / "checkpoints" / "fp16", 3: DATA / "eagle" / "eagle3_base"}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def family(request):
-    base = sm.load(BASES[request.param], expand=True)
-    return base, sm.load_head(DATA / "eagle" / f"eagle{request.param}_head", base)
-
-
-def plain(params):
-    """The head's parameters with each weight as an array."""
-    return jax.tree.map(lambda leaf: leaf.values if hasattr(leaf, "values") else leaf, params,
-                        is_leaf=lambda leaf: hasattr(leaf, "values") and not isinstance(leaf, dict))
-
-
-def test_batched_passes_give_the_modules_logits(family):
-    base, _ = family
-    params = batched.dense_parameters(base)
-    tokens = np.random.default_rng(0).integers(0, 512, (3, 40)).astype(np.int32)
-    mask = jnp.tri(40, dtype=bool)[None]
-
-    def attend(layer, q, k, v):
-        return batched.attention(q, batched.heads_first(k), batched.heads_first(v), mask)
-
-    positions = jnp.broadcast_to(jnp.arange(40), tokens.shape)
-    hidden, _ = batched.target_states(base.config, params, tokens, positions, attend, length=40)
-    for row, found in zip(tokens, batched.target_logits(params, hidden), strict=True):
-        np.testing.assert_allclose(found, sm.logits(base, row), rtol=1e-4, atol=1e-4)
-
-
-def test_unrolled_drafts_are_those_of_a_growing_chain(family):
-    """Row t of draft j against the module with t + 1 committed rows and j rows of a chain behind them."""
-    base, head = family
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, 512, 20).astype(np.int32)
-    states = jnp.asarray(rng.normal(size=(20, head.config.feature_size)), jnp.float32)
-    params = plain(head.params["head"]["params"])
-    embedded = params["embed"]["table"][tokens].astype(jnp.float32)
-    found = batched.unrolled_features(head.config, params, embedded[None], states[None], jnp.arange(20)[None],
-                                      jnp.tri(20, dtype=bool)[None], steps=4, length=64)
-    apply = lambda *arguments, **options: head.module.apply(head.params["head"], *arguments, **options)  # noqa: E731
-    for row in (0, 7, 15):
-        features, cache = apply(tokens[1:row + 2], states[:row + 1], head.new_cache(64), jnp.arange(row + 1), None, own=False)
-        np.testing.assert_allclose(found[0][0, row], features[-1], rtol=1e-3, atol=1e-3)
-        cache, feature = cache.rewind(row + 1), features[-1:]
-        for draft in range(1, 4):
-            feature, cache = apply(tokens[row + 1 + draft][None], feature, cache, jnp.array([draft - 1]),
-                                   jnp.ones((1, draft), bool), own=True, skip=draft - 1)
-            np.testing.assert_allclose(found[draft][0, row], feature[0], rtol=1e-3, atol=1e-3)
-
-
 def test_a_low_bit_target_is_trained_for_as_it_computes():
     config = sm.LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
                             head_dim=16, max_position=512)
     target = sm.random_model(config, "w4a16-g32", seed=1)
-    params = batched.dense_parameters(target)
+    params = target.dense().params["params"]
     for name, part in (("qkv", "attention"), ("down", "mlp")):
         packed = target.params["params"]["layers_1"][part][name]["w"]
-        weight = params["layers_1"][part][name]["w"]
+        weight = params["layers_1"][part][name]["w"].values
         np.testing.assert_array_equal(weight, target.module.format.unpack(packed, weight.shape).astype(jnp.float16))
 
 
@@ -88,9 +39,10 @@ def test_slots_answer_as_the_decoder_does():
     decoder = sm.Decoder(base, config=sm.DecodeConfig(max_len=96))
     expected = {prompt: decoder.generate(prompt, 24).tokens.tolist() for prompt in prompts}
     stop = expected[prompts[1]][5]
-    sampler = Sampler(config=base.config, slots=3, max_len=96, max_new_tokens=24, stop_tokens=(stop,), admitted=2, steps=5)
+    sampler = Sampler(module=base.dense().module, slots=3, max_len=96, max_new_tokens=24, stop_tokens=(stop,), admitted=2,
+                      steps=5)
     again = iter([Request(key="again", prompt=prompts[0])])
-    found = list(sampler.run(batched.dense_parameters(base), [Request(key=i, prompt=p) for i, p in enumerate(prompts)],
+    found = list(sampler.run(base.params, [Request(key=i, prompt=p) for i, p in enumerate(prompts)],
                              follow_up=lambda _: next(again, None)))
     assert {c.request.key for c in found} == {*range(len(prompts)), "again"}
     for completion in found:
@@ -189,8 +141,8 @@ def _with(function, **changes):
 def test_answers_are_resumed_and_a_full_disk_loses_none(tmp_path, monkeypatch):
     base = sm.load(BASES[2], expand=True)
     console = Console(file=io.StringIO())
-    tokenizer, params = tk.load_tokenizer(base.directory), batched.dense_parameters(base)
-    sampler = Sampler(config=base.config, slots=4, max_len=64, max_new_tokens=8, stop_tokens=())
+    tokenizer, params = tk.load_tokenizer(base.directory), base.params
+    sampler = Sampler(module=base.dense().module, slots=4, max_len=64, max_new_tokens=8, stop_tokens=())
     dialogues = [(f"number {i}", "more") for i in range(10)]
     made = {"model": "x"}
     monkeypatch.setattr(answers, "PART", 4)
@@ -216,8 +168,8 @@ def test_answers_are_resumed_and_a_full_disk_loses_none(tmp_path, monkeypatch):
 
 def test_prompts_of_its_own_are_written_once(tmp_path):
     base = sm.load(BASES[2], expand=True)
-    tokenizer, params = tk.load_tokenizer(base.directory), batched.dense_parameters(base)
-    sampler = Sampler(config=base.config, slots=4, max_len=256, max_new_tokens=8, stop_tokens=tuple(range(60)))
+    tokenizer, params = tk.load_tokenizer(base.directory), base.params
+    sampler = Sampler(module=base.dense().module, slots=4, max_len=256, max_new_tokens=8, stop_tokens=tuple(range(60)))
     ask = lambda seed: answers.own_prompts(tmp_path / f"{seed}.jsonl", sampler, params, tokenizer, 12, seed,  # noqa: E731
                                            Console(file=io.StringIO()))
     with pytest.raises(sm.UserError, match="whose tokenizer has a chat template"):

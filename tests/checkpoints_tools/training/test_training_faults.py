@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import specmq_jax as sm
-from checkpoints_tools.training import batched, trainer
+from checkpoints_tools.training import trainer
 from checkpoints_tools.training.sampler import Request, Sampler
 
 CONFIG = sm.LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -20,29 +20,30 @@ def target():
     return sm.random_model(CONFIG, "fp32", seed=1)
 
 
-def sampler(**changes):
-    return Sampler(**{"config": CONFIG, "slots": 2, "max_len": 64, "max_new_tokens": 20, "stop_tokens": (), "admitted": 2,
-                      "steps": 5} | changes)
+def sampler(target, **changes):
+    return Sampler(**{"module": target.dense().module, "slots": 2, "max_len": 64, "max_new_tokens": 20, "stop_tokens": (),
+                      "admitted": 2, "steps": 5} | changes)
 
 
 def poisoned(params, token):
-    return params | {"embed": {"table": params["embed"]["table"].at[token].set(np.nan)}}
+    parts = params["params"]
+    return {"params": parts | {"embed": {"table": parts["embed"]["table"].at[token].set(np.nan)}}}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_prompt_whose_state_is_not_finite_gets_no_answer(target, temperature):
-    params = poisoned(batched.dense_parameters(target), 17)
+    params = poisoned(target.params, 17)
     with pytest.raises(sm.NotFiniteError, match="the model's state at a token of a prompt of 4 is not finite"):
-        list(sampler(temperature=temperature).run(params, [Request(key=0, prompt=PROMPT)]))
+        list(sampler(target, temperature=temperature).run(params, [Request(key=0, prompt=PROMPT)]))
 
 
 def test_an_answer_ends_at_the_token_whose_state_is_not_finite(target):
-    params = batched.dense_parameters(target)
-    (whole,) = sampler().run(params, [Request(key=0, prompt=PROMPT)])
+    params = target.params
+    (whole,) = sampler(target).run(params, [Request(key=0, prompt=PROMPT)])
     tokens = whole.tokens.tolist()
     place = next(i for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i] and token not in PROMPT)
     with pytest.raises(sm.NotFiniteError, match=rf"token {place + 1} of an answer \(id {tokens[place]}\)") as caught:
-        list(sampler().run(poisoned(params, tokens[place]), [Request(key=0, prompt=PROMPT)]))
+        list(sampler(target).run(poisoned(params, tokens[place]), [Request(key=0, prompt=PROMPT)]))
     assert list(caught.value.tokens) == tokens[:place + 1]
 
 
