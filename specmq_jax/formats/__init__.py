@@ -22,8 +22,8 @@ from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format, Int4TwoLevel
 
 __all__ = ["MOST_REPRODUCIBLE_ROWS", "ChannelInt4", "ChannelInt8", "Dense", "DenseFormat", "GroupedInt4", "Int4Channel",
            "Int4Group", "Int4GroupFormat", "Int4Int8Format", "Int4TwoLevel", "Int8Channel", "Int8ChannelFormat", "Logical",
-           "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense", "dense_values", "expand", "expanded", "get",
-           "largest", "names", "peak"]
+           "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense_format", "dense_values", "expand",
+           "expanded", "get", "largest", "names", "peak"]
 
 _FORMATS: tuple[WeightFormat, ...] = (
     *(DenseFormat(kind=kind) for kind in ("fp32", "bf16", "fp16")),
@@ -51,6 +51,6 @@ def get(name: str) -> WeightFormat:
     raise UserError(f"precision {name!r} is not known; choose one of {', '.join(names())}")
 
 
-def dense(dtype: jnp.dtype) -> DenseFormat:
+def dense_format(dtype: jnp.dtype) -> DenseFormat:
     """The format of weights that are stored in an activations' dtype."""
     return next(DenseFormat(kind=kind) for kind in ("fp32", "bf16", "fp16") if DenseFormat(kind=kind).dtype == dtype)

@@ -118,7 +118,7 @@ def _described(files: HeadFiles, target: Model, precision: str | None) -> Head:
     head_checks.check_vocabulary(directory, settings, headers, target)
     head_checks.check_tied(directory, settings, headers, config)
     head_checks.check_tensors(directory, settings, headers, config)
-    dense = formats.dense(target.module.format.dtype)
+    dense = formats.dense_format(target.module.format.dtype)
     linear = formats.get(precision) if precision else dense
     head_format = dense if LM_HEAD in headers else target.module.head_format
     module = EagleHead(config, linear, head_format, target.module.embed_format)

@@ -86,7 +86,7 @@ class Model:
         Raises:
           UserError: values outside that dtype's range.
         """
-        dense = formats.dense(self.module.format.dtype)
+        dense = formats.dense_format(self.module.format.dtype)
         made = self._held(dense, dataclasses.replace(self._formats, linear=dense, head=dense))
         return dataclasses.replace(made, module=made.module.clone(implementation="reference"))
 
