@@ -169,7 +169,7 @@ def check_levels(decoder, drafter, levels, committed, root):
     inner = jax.jit(drafter.inner.prefill)(drafter.inner.params, drafter.inner.init(256), padded(text), padded(following),
                                            features, jnp.int32(len(text)))
     for kept, fresh in ((levels.cache, cache), (levels.inner.cache, inner.cache)):
-        for a, b in zip((*kept.keys, *kept.values), (*fresh.keys, *fresh.values), strict=True):
+        for a, b in zip(jax.tree.leaves(kept.layers), jax.tree.leaves(fresh.layers), strict=True):
             np.testing.assert_allclose(np.asarray(a)[:len(text)], np.asarray(b)[:len(text)], rtol=2e-3, atol=2e-4)
     np.testing.assert_allclose(levels.inner.feature, inner.feature, rtol=2e-3, atol=2e-3)
 
@@ -196,11 +196,12 @@ class PathModule:
         if method == "logits":
             return params[args[0][:, 0].astype(jnp.int32)]
         tokens, features, cache, offsets, seen = args
-        rows = jax.lax.dynamic_update_slice(cache.layers[0], tokens.astype(jnp.float32)[:, None, None],
+        layer, = cache.layers
+        rows = jax.lax.dynamic_update_slice(layer.keys, tokens.astype(jnp.float32)[:, None, None],
                                             (cache.length + skip, jnp.int32(0), jnp.int32(0)))
         behind = jax.lax.dynamic_slice_in_dim(rows, cache.length, seen.shape[1])[:, 0, 0]
         features = (7 * features[:, 0] + 13 * tokens + 3 * jnp.sum(jnp.where(seen, behind, 0), axis=1) + offsets) % HASHES
-        return features[:, None], cache.replace(layers=(rows,))
+        return features[:, None], cache.replace(layers=(layer.replace(keys=rows),))
 
 
 def path_hash(start, path):
