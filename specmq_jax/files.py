@@ -14,6 +14,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,10 +23,8 @@ import platformdirs
 
 from specmq_jax.errors import UserError
 
-try:
+if sys.platform != "win32":  # without locks, nothing that others left is removed
     import fcntl
-except ImportError:  # Windows: without locks, nothing that others left is removed
-    fcntl = None
 
 ADVICE = "make room there, or choose another place"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -176,7 +175,7 @@ def _locked(path: pathlib.Path) -> Iterator[int | None]:
     try:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            if fcntl is not None:
+            if sys.platform != "win32":
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 lock = descriptor
         yield lock

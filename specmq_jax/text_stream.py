@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _BEFORE = "x"
 """Stands for the text so far where tokens are decoded that begin no text."""

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from specmq_jax.errors import UserError
 from specmq_jax.json_files import read_json
@@ -12,7 +12,7 @@ from specmq_jax.text_stream import TextStream
 from specmq_jax.tokenizer_files import chat_template, special_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 __all__ = ["TextStream", "decode", "encode_chat", "load_tokenizer", "stop_tokens"]
 
@@ -68,8 +68,9 @@ def encode_chat(tokenizer: "Tokenizer", messages: Sequence[Mapping[str, str]]) -
     if not tokenizer.chat_template:
         return _encode(tokenizer, "\n\n".join(message["content"] for message in messages), add_special_tokens=True)
     with _refused("the chat template refuses the conversation"):
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return _encode(tokenizer, text, add_special_tokens=False)
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False,
+                                             add_generation_prompt=True)
+    return _encode(tokenizer, cast(str, text), add_special_tokens=False)
 
 
 def stop_tokens(tokenizer: "Tokenizer", directory: str | pathlib.Path) -> tuple[int, ...]:

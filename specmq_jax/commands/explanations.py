@@ -41,7 +41,7 @@ def _missing_device() -> str | None:
         jax.devices()
     except Exception as error:
         lines = str(error).splitlines() or ["no such device was found"]
-        asked = jax.config.jax_platforms
+        asked = jax.config.values["jax_platforms"]
         return (f"JAX can't run on {asked!r}, which JAX_PLATFORMS names ({lines[0][:200]}); " if asked else
                 f"JAX finds no device ({lines[0][:200]}); ") + (
                 "a GPU needs specmq-jax[cuda12] or [cuda13], and JAX_PLATFORMS=cpu chooses the processor")

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 PACKAGES = ("experiments", "checkpoints_tools", "pallas_kernels")
@@ -27,6 +28,7 @@ class Terminated(SystemExit):
 
     def __init__(self, number: int):
         super().__init__(_FIRST_STATUS + number)
+        self.number = number
 
 
 class Leaving:
@@ -89,12 +91,12 @@ def raise_in_main() -> None:
     sys.excepthook = _in_one_line
 
 
-def status(error: BaseException) -> int | None:
+def status(error: BaseException | None) -> int | None:
     """The exit status where a signal is behind an error, even one that a library made of it; None where none is."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, Terminated):
-            return error.code
+            return _FIRST_STATUS + error.number
         if isinstance(error, KeyboardInterrupt) or isinstance(error, RuntimeError) and "KeyboardInterrupt" in str(error):
             return _FIRST_STATUS + signal.SIGINT
         seen.add(id(error))
@@ -107,7 +109,7 @@ def word(exit_status: int) -> str:
     return _WORDS[signal.Signals(exit_status - _FIRST_STATUS)]
 
 
-def _handle(handler: object) -> None:
+def _handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _WORDS:
@@ -134,7 +136,7 @@ def _reported_again(unraisable: "sys.UnraisableHookArgs") -> None:
         if str(error) != "Event loop is closed":
             sys.__unraisablehook__(unraisable)
         return
-    number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code - _FIRST_STATUS
+    number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.number
 
     def send() -> None:
         time.sleep(0.01)  # once the place that swallows exceptions has been left

@@ -9,6 +9,7 @@ from specmq_jax.formats.expanded import expand, expanded
 from specmq_jax.formats.int4 import Int4Group, Int4GroupFormat
 from specmq_jax.formats.int8 import Int8Channel, Int8ChannelFormat
 from specmq_jax.formats.logical import (
+    AnyArray,
     ChannelInt4,
     ChannelInt8,
     GroupedInt4,
@@ -20,10 +21,10 @@ from specmq_jax.formats.logical import (
 from specmq_jax.formats.ranges import Range, largest, peak
 from specmq_jax.formats.w4a8 import Int4Channel, Int4Int8Format, Int4TwoLevel
 
-__all__ = ["MOST_REPRODUCIBLE_ROWS", "ChannelInt4", "ChannelInt8", "Dense", "DenseFormat", "GroupedInt4", "Int4Channel",
-           "Int4Group", "Int4GroupFormat", "Int4Int8Format", "Int4TwoLevel", "Int8Channel", "Int8ChannelFormat", "Logical",
-           "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense_format", "dense_values", "expand",
-           "expanded", "get", "largest", "names", "peak"]
+__all__ = ["MOST_REPRODUCIBLE_ROWS", "AnyArray", "ChannelInt4", "ChannelInt8", "Dense", "DenseFormat", "GroupedInt4",
+           "Int4Channel", "Int4Group", "Int4GroupFormat", "Int4Int8Format", "Int4TwoLevel", "Int8Channel", "Int8ChannelFormat",
+           "Logical", "Quantised", "Range", "TwoLevelInt4", "Weight", "WeightFormat", "dense_format", "dense_values",
+           "expand", "expanded", "get", "largest", "names", "peak"]
 
 _FORMATS: tuple[WeightFormat, ...] = (
     *(DenseFormat(kind=kind) for kind in ("fp32", "bf16", "fp16")),

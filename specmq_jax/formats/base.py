@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,10 @@ class WeightFormat(abc.ABC):
     def dtype(self) -> jnp.dtype:
         """Dtype of the activations that a model of this format passes between its layers."""
 
-    activation_bits: ClassVar[int] = 16
-    """Bits of an activation in the product: 8 where each token's are rounded, else 16 or more."""
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation in the product: 8 where each token's are rounded, else 16 or more."""
+        return 16
 
     @property
     def wants_peaks(self) -> bool:
@@ -108,6 +110,11 @@ class WeightFormat(abc.ABC):
         """A random weight of the format for a [K, N] layer, normal with variance 1 / K."""
         values = jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
         return self.pack(values)
+
+
+def abstract_array(shape: tuple[int, ...], dtype: Any) -> Array:
+    """What stands for an array in `WeightFormat.abstract`: a `jax.ShapeDtypeStruct`."""
+    return cast(Array, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _arrays(logical: Logical) -> list[Any]:

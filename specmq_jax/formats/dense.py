@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dense, launch
 from pallas_kernels.partials import add_up
-from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.base import WeightFormat, abstract_array
 from specmq_jax.formats.logical import Logical
 from specmq_jax.formats.ranges import Range
 
@@ -41,7 +41,7 @@ class DenseFormat(WeightFormat):
         return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[self.kind])
 
     def abstract(self, shape: tuple[int, int]) -> Dense:
-        return Dense(jax.ShapeDtypeStruct(shape, self.dtype))
+        return Dense(abstract_array(shape, self.dtype))
 
     @property
     def range(self) -> Range:

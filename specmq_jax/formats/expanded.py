@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import exact, w4a8
 from pallas_kernels.w8a8 import api as w8a8
-from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.base import Weight, WeightFormat, abstract_array
 from specmq_jax.formats.dense import Dense, DenseFormat
 from specmq_jax.formats.int8 import Int8Channel
 from specmq_jax.formats.logical import Logical, Quantised
@@ -50,7 +50,7 @@ class ExpandedIntegersFormat(WeightFormat):
         return True
 
     def abstract(self, shape: tuple[int, int]) -> ExpandedIntegers:
-        return ExpandedIntegers(*(jax.ShapeDtypeStruct(part, jnp.float32) for part in (shape, shape[1:], shape[1:])))
+        return ExpandedIntegers(*(abstract_array(part, jnp.float32) for part in (shape, shape[1:], shape[1:])))
 
     @property
     def range(self) -> Range:
@@ -59,8 +59,9 @@ class ExpandedIntegersFormat(WeightFormat):
     def _holds(self, logical: Quantised) -> bool:
         return self.source._holds(logical)
 
-    def _pack(self, logical: Logical) -> ExpandedIntegers:
-        return expand(self.source, self.source._pack(logical), logical.shape)
+    def _pack(self, logical: Logical) -> Weight:
+        rows, columns = logical.shape
+        return expand(self.source, self.source._pack(logical), (rows, columns))
 
     def unpack(self, weight: ExpandedIntegers, shape: tuple[int, int]) -> Float[Array, "K N"]:
         return weight.integers * weight.scales - weight.offsets

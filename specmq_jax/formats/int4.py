@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.w4a16 import api as w4a16
-from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.base import WeightFormat, abstract_array
 from specmq_jax.formats.logical import GroupedInt4, Logical, Quantised
 from specmq_jax.formats.ranges import Range
 
@@ -50,9 +50,10 @@ class Int4GroupFormat(WeightFormat):
 
     def abstract(self, shape: tuple[int, int]) -> Int4Group:
         rows, columns = shape
-        return Int4Group(jax.ShapeDtypeStruct(w4a16.packed_shape(rows, columns), jnp.int32),
-                         w4a16.scales_shape(rows, columns, self.group_size),
-                         jax.ShapeDtypeStruct((rows,), jnp.int32) if self.act_order else None)
+        scales = w4a16.scales_shape(rows, columns, self.group_size)
+        return Int4Group(abstract_array(w4a16.packed_shape(rows, columns), jnp.int32),
+                         abstract_array(scales.shape, scales.dtype),
+                         abstract_array((rows,), jnp.int32) if self.act_order else None)
 
     @property
     def range(self) -> Range:
@@ -64,10 +65,10 @@ class Int4GroupFormat(WeightFormat):
             q, scales, order = jnp.asarray(logical.q), jnp.asarray(logical.scales, jnp.float16), logical.order
         else:
             (q, scales), order = self.round_to_nearest(jnp.asarray(logical, jnp.float32)), None
-        if self.act_order:
-            order = jnp.arange(len(q), dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-        return Int4Group(w4a16.pack(q), scales.astype(jnp.float32) if self.group_size == -1 else w4a16.pack_scales(scales),
-                         order)
+        packed = w4a16.pack(q), scales.astype(jnp.float32) if self.group_size == -1 else w4a16.pack_scales(scales)
+        if not self.act_order:
+            return Int4Group(*packed)
+        return Int4Group(*packed, jnp.arange(len(q), dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32))
 
     def logical(self, weight: Int4Group, rows: int) -> GroupedInt4:
         """The codes and scales that a weight of so many rows was packed from."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import w8a8, w8a16
-from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.base import WeightFormat, abstract_array
 from specmq_jax.formats.logical import ChannelInt8, Logical, Quantised
 
 
@@ -36,7 +36,7 @@ class Int8ChannelFormat(WeightFormat):
 
     def abstract(self, shape: tuple[int, int]) -> Int8Channel:
         rows, columns = shape
-        return Int8Channel(jax.ShapeDtypeStruct((columns, rows), jnp.int8), jax.ShapeDtypeStruct((columns,), jnp.float32))
+        return Int8Channel(abstract_array((columns, rows), jnp.int8), abstract_array((columns,), jnp.float32))
 
     def _holds(self, logical: Quantised) -> bool:
         return isinstance(logical, ChannelInt8)

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Int8, Int16, Int32, UInt8
 from specmq_jax.errors import UserError
 from specmq_jax.formats.ranges import peak
 
+AnyArray = np.ndarray | Array
+"""Of the host, as readers have them, or of a device."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantised(abc.ABC):
@@ -20,7 +23,7 @@ class Quantised(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """K and N."""
 
     @abc.abstractmethod
@@ -43,7 +46,7 @@ class Quantised(abc.ABC):
                       for field in dataclasses.fields(cls)})
 
 
-def _beside(values: Sequence[object]) -> object:
+def _beside(values: Sequence[Any]) -> Any:
     return np.concatenate(values, axis=-1) if isinstance(values[0], np.ndarray) else values[0]
 
 
@@ -58,13 +61,13 @@ class GroupedInt4(Quantised):
       order: int32[K], the input that each row multiplies (GPTQ's act-order); None where row k multiplies input k.
     """
 
-    q: UInt8[np.ndarray, "K N"]
-    scales: Float[np.ndarray, "G N"]
+    q: UInt8[AnyArray, "K N"]
+    scales: Float[AnyArray, "G N"]
     group_size: int
-    order: Int32[np.ndarray, "K"] | None = None
+    order: Int32[AnyArray, "K"] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.q.shape
 
     def dense(self) -> Float[Array, "K N"]:
@@ -97,11 +100,11 @@ class ChannelInt8(Quantised):
       scales: f32[N].
     """
 
-    q: Int8[np.ndarray, "K N"]
-    scales: Float[np.ndarray, "N"]
+    q: Int8[AnyArray, "K N"]
+    scales: Float[AnyArray, "N"]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.q.shape
 
     def dense(self) -> Float[Array, "K N"]:
@@ -125,12 +128,12 @@ class ChannelInt4(Quantised):
       scales, offsets: f32[N]; an offset is a zero point times the scale.
     """
 
-    q: UInt8[np.ndarray, "K N"]
-    scales: Float[np.ndarray, "N"]
-    offsets: Float[np.ndarray, "N"]
+    q: UInt8[AnyArray, "K N"]
+    scales: Float[AnyArray, "N"]
+    offsets: Float[AnyArray, "N"]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.q.shape
 
     def dense(self) -> Float[Array, "K N"]:
@@ -158,14 +161,14 @@ class TwoLevelInt4(Quantised):
       group_size: rows of K in a group.
     """
 
-    q: UInt8[np.ndarray, "K N"]
-    group_scales: np.ndarray
-    group_zeros: np.ndarray | None
-    channel_scales: Float[np.ndarray, "N"]
+    q: UInt8[AnyArray, "K N"]
+    group_scales: AnyArray
+    group_zeros: AnyArray | None
+    channel_scales: Float[AnyArray, "N"]
     group_size: int
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.q.shape
 
     def integers(self) -> Float[Array, "K N"]:
@@ -193,7 +196,7 @@ class TwoLevelInt4(Quantised):
                             f"{'without' if self.group_zeros is None else 'beside'} group_zeros")
         if self.group_zeros is not None:
             _check_part(name, "group_zeros", self.group_zeros, groups)
-            if not fits_bytes(*map(np.asarray, (self.q, self.group_scales, self.group_zeros)), self.group_size):
+            if not fits_bytes(np.asarray(self.q), np.asarray(self.group_scales), np.asarray(self.group_zeros), self.group_size):
                 raise UserError(f"{name} has group_scales and group_zeros that take its codes beyond 8 bits")
 
 
@@ -205,7 +208,7 @@ def fits_bytes(q: UInt8[np.ndarray, "K N"], scales: UInt8[np.ndarray, "G N"], ze
     return low.min() >= -128 and high.max() <= 127
 
 
-Logical = Float[np.ndarray, "K N"] | Float[Array, "K N"] | Quantised
+Logical = Float[AnyArray, "K N"] | Quantised
 """A weight before packing, [in, out]."""
 
 
@@ -218,21 +221,21 @@ def _groups(rows: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-rows // group_size)
 
 
-def _check_codes(name: str, q: UInt8[np.ndarray, "K N"]) -> None:
+def _check_codes(name: str, q: UInt8[AnyArray, "K N"]) -> None:
     if q.dtype != np.uint8 or q.ndim != 2:
         raise UserError(f"{name} has codes {q.dtype}{list(q.shape)}; expected uint8[K, N]")
     if q.size and int(q.max()) > 15:
         raise UserError(f"{name} has a code {int(q.max())}; 4 bits hold 0 to 15")
 
 
-def _check_part(name: str, part: str, values: np.ndarray, expected: tuple[int, ...]) -> None:
+def _check_part(name: str, part: str, values: AnyArray, expected: tuple[int, ...]) -> None:
     if values.shape != expected:
         raise UserError(f"{name} has {part} of shape {list(values.shape)}; its codes ask for {list(expected)}")
     if not math.isfinite(peak(values)):
         raise UserError(f"{name} has {part} that are not finite: the checkpoint is damaged")
 
 
-def _per_row(groups: np.ndarray, group_size: int, rows: int) -> Float[Array, "K N"]:
+def _per_row(groups: AnyArray, group_size: int, rows: int) -> Float[Array, "K N"]:
     """A group's numbers at each of its rows, f32."""
     size = rows if group_size == -1 else group_size
     return jnp.repeat(jnp.asarray(groups, jnp.float32), size, axis=0)[:rows]

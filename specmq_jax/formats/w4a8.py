@@ -5,7 +5,7 @@ groups whose scales turn the codes into 8-bit integers of one scale an output.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import w4a8, w8a8
-from specmq_jax.formats.base import WeightFormat
+from specmq_jax.formats.base import WeightFormat, abstract_array
 from specmq_jax.formats.logical import ChannelInt4, Logical, Quantised, TwoLevelInt4
 
 _PROTECTED = 119  # QoQ's first level stops short of 127, so that the second one's rounding can't leave 8 bits
@@ -48,8 +48,6 @@ class Int4Int8Format(WeightFormat):
     scheme: str
     group_size: int = -1
 
-    activation_bits: ClassVar[int] = 8
-
     @property
     def name(self) -> str:
         return f"w4a8-{self.scheme}" + ("" if self.group_size == -1 else f"-g{self.group_size}")
@@ -59,23 +57,24 @@ class Int4Int8Format(WeightFormat):
         return jnp.dtype(jnp.float16)
 
     @property
+    def activation_bits(self) -> int:
+        return 8
+
+    @property
     def _zeros(self) -> bool:
         return self.scheme == "qoq"
 
     def abstract(self, shape: tuple[int, int]) -> Any:
         rows, columns = shape
-
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype)
-
-        packed, scales = array(jnp.uint8, *w4a8.packed_shape(columns, rows)), array(jnp.float32, columns)
+        packed = abstract_array(w4a8.packed_shape(columns, rows), jnp.uint8)
+        scales = abstract_array((columns,), jnp.float32)
         if self.group_size == -1:
-            return Int4Channel(packed, scales, array(jnp.float32, columns))
-        groups = array(jnp.int32, -(-rows // self.group_size), columns)
-        return Int4TwoLevel(packed, groups, scales, None if self._zeros else array(jnp.int32, 1))
+            return Int4Channel(packed, scales, scales)
+        groups = abstract_array((-(-rows // self.group_size), columns), jnp.int32)
+        return Int4TwoLevel(packed, groups, scales, None if self._zeros else abstract_array((1,), jnp.int32))
 
     def _pack(self, logical: Logical) -> Any:
-        if not isinstance(logical, Quantised):
+        if not isinstance(logical, ChannelInt4 | TwoLevelInt4):
             logical = self._quantise(jnp.asarray(logical, jnp.float32))
         q = jnp.asarray(logical.q).T
         packed = w4a8.pack(q)
@@ -106,9 +105,9 @@ class Int4Int8Format(WeightFormat):
         # QServe's epilogue takes zero points times the activations as they were. Their rounding then meets q, which is of one
         # sign, instead of q less its zero point: a model packed by DeepCompressor erred by 3.9 % of its logits' norm so, and
         # errs by 1.3 % with the sums of the rounded activations.
-        codes, row_scales, *sums = w8a8.quantise_rows(x, peaks=peaks, sums=self.group_size if self._zeros else None,
-                                                         implementation=implementation)
-        sums = sums[0] if sums else None
+        codes, row_scales, *added = w8a8.quantise_rows(x, peaks=peaks, sums=self.group_size if self._zeros else None,
+                                                        implementation=implementation)
+        sums = added[0] if added else None
         if isinstance(weight, Int4TwoLevel):
             return w4a8.group_partials(codes, row_scales, sums, weight.packed, weight.groups, weight.channel_scales,
                                        weight.saturates, halves=halves, reproducible=reproducible,

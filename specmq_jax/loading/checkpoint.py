@@ -158,7 +158,7 @@ class CheckpointReader:
             raise UserError(f"{path} can't be read: {error.strerror}") from None
 
     def _stored_leaves(self) -> dict[str, tuple[pathlib.Path, Any]]:
-        stored = {}
+        stored: dict[str, tuple[pathlib.Path, Any]] = {}
         for i in range(self.metadata["shards"]):
             shard = self.directory / "weights" / f"shard_{i:03}"
             if not shard.is_dir():
@@ -234,7 +234,7 @@ class CheckpointWriter:
         """Takes the weight for a path of `parameter_shapes`, in the format that the writer was given."""
         for name, leaf in _named_leaves(path, weight):
             array = np.asarray(leaf)
-            self._contents[name] = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            self._contents[name] = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             _put(self._pending, name, array)
             self._pending_bytes += array.nbytes
         if self._pending_bytes >= self._shard_bytes:
@@ -308,7 +308,7 @@ def _checksum(path: pathlib.Path) -> int:
 
 
 def _default_device() -> jax.Device:
-    device = jax.config.jax_default_device
+    device = jax.config.values["jax_default_device"]
     return device if isinstance(device, jax.Device) else jax.local_devices()[0]
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from specmq_jax import formats
 from specmq_jax.errors import UserError
-from specmq_jax.formats import Dense, DenseFormat, Weight, WeightFormat
+from specmq_jax.formats import AnyArray, Dense, DenseFormat, Weight, WeightFormat
 from specmq_jax.loading import checkpoint
 from specmq_jax.loading.memory import check_room, size, tree_bytes
 from specmq_jax.network.cache import KVCache
@@ -67,7 +67,7 @@ class Model:
         """An empty cache of `max_len` rows in the layers' dtype, meant for `limit` tokens (default: as many)."""
         return KVCache.create(self.config, max_len, self.module.format.dtype, limit=limit)
 
-    def with_precision(self, precision: str) -> "Model":
+    def with_precision(self, precision: str) -> Self:
         """The same weights at another precision, quantised by round-to-nearest; embedding and lm_head are shared.
 
         Raises:
@@ -79,7 +79,7 @@ class Model:
         expanded = self.module.format.name != self.precision  # and stays so
         return self._held(linear, dataclasses.replace(self._formats, linear=formats.expanded(linear) if expanded else linear))
 
-    def dense(self) -> "Model":
+    def dense(self) -> Self:
         """The same values as dense weights in the activations' dtype, multiplied by the kernels' references: what can be
         differentiated, and what rows enough to fill a device are multiplied by.
 
@@ -90,10 +90,11 @@ class Model:
         made = self._held(dense, dataclasses.replace(self._formats, linear=dense, head=dense))
         return dataclasses.replace(made, module=made.module.clone(implementation="reference"))
 
-    def _held(self, linear: WeightFormat, held: Formats) -> "Model":
+    def _held(self, linear: WeightFormat, held: Formats) -> Self:
         """The same weights in the formats `held`; a layer's are rounded to what `linear` can hold."""
         current, shapes = self._formats, parameter_shapes(self.config)
-        weights, peaks = traverse_util.flatten_dict(self.params["params"], sep="/"), {}
+        weights = traverse_util.flatten_dict(self.params["params"], sep="/")
+        peaks: Peaks = {}
         made = {path: self._repacked(path, weight, shapes[path], current, linear, held, peaks)
                 for path, weight in weights.items()}
         _check_peaks(peaks)
@@ -134,7 +135,7 @@ class Outline(Model):
         weights = {path: held.abstract(path, shape) for path, shape in parameter_shapes(config).items()}
         return cls(config=config, module=_module(config, held), params=_variables(weights), precision=held.linear.name)
 
-    def with_precision(self, precision: str) -> "Outline":
+    def with_precision(self, precision: str) -> Self:
         made = super().with_precision(precision)
         packed = [shape for path, shape in parameter_shapes(self.config).items() if _is_linear(path)]
         return made if made is self else dataclasses.replace(made, making_bytes=_packing_bytes(packed))
@@ -185,17 +186,20 @@ def load(source: str | pathlib.Path, precision: str | None = None, *, expand: bo
       UserError: nothing readable there, a damaged checkpoint, an unknown precision, values outside its range, or too little
         device memory, which is found before anything is loaded.
     """
-    made = outline(source, precision, expand=expand)
-    check_room(tree_bytes(made.params) + made.making_bytes, f"loading {made.directory}")
-    linear, weights, peaks = formats.get(made.precision), {}, {}
-    reader = checkpoint.CheckpointReader(made.directory)
+    directory = _native_directory(source)
+    made = outline(directory, precision, expand=expand)
+    check_room(tree_bytes(made.params) + made.making_bytes, f"loading {directory}")
+    linear = formats.get(made.precision)
+    weights: dict[str, Weight] = {}
+    peaks: Peaks = {}
+    reader = checkpoint.CheckpointReader(directory)
     for path, weight in reader.weights():
         weights[path] = Model._repacked(path, weight, reader.shapes[path], reader.formats, linear, made._formats,
                                         peaks)
         del weight  # else it would stay until the next one has come
     _check_peaks(peaks)
     return Model(config=made.config, module=made.module, params=_variables(weights), precision=made.precision,
-                 directory=made.directory)
+                 directory=directory)
 
 
 def random_model(config: LlamaConfig, precision: str, *, head: str | None = None, seed: int = 0) -> Model:
@@ -256,7 +260,7 @@ def logits(model: Model, token_ids: Sequence[int] | Int32[Array, "M"]) -> Float[
     return _forward(model.module, model.params, jnp.asarray(tokens), model.new_cache(len(tokens)))
 
 
-def check_tokens(token_ids: Sequence[int] | np.ndarray, config: LlamaConfig) -> np.ndarray:
+def check_tokens(token_ids: Sequence[int] | AnyArray, config: LlamaConfig) -> np.ndarray:
     """The ids as i32[n]; none at all, what is no integer, or one outside the vocabulary, is a `UserError`."""
     if isinstance(token_ids, str | bytes):
         raise UserError("a prompt is a list of token ids; found a text: encode it with the model's tokenizer")
@@ -327,7 +331,9 @@ def _repackings(path: str, current: Formats, linear: WeightFormat, held: Formats
     rounded to what `linear` can hold on the way."""
     if path.endswith("/scale"):
         return []
-    stations = [current.embed, held.embed] if path == "embed/table" else [current.of(path), held.of(path)]
+    stations = [current.of(path), held.of(path)]
+    if path == "embed/table":
+        stations = [current.embed, held.embed]
     if _is_linear(path):
         stations.insert(1, linear)
     return [(before, after) for before, after in itertools.pairwise(stations) if before != after]

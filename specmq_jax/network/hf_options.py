@@ -53,10 +53,10 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     for key, plain in _PLAIN.items():
         if key in config and not _among(config[key], plain):
             raise UserError(f"config.json sets {key} = {shown(config[key])}; only {shown(plain[0])} is supported")
-    for key, plain in _PLAIN_LAYERS.items():
+    for key, usual in _PLAIN_LAYERS.items():
         layers = config.get(key)
-        if layers is not None and not (isinstance(layers, list) and all(_among(layer, (plain,)) for layer in layers)):
-            raise UserError(f"config.json sets {key} = {shown(layers)}; only {shown(plain)} for every layer is supported")
+        if layers is not None and not (isinstance(layers, list) and all(_among(layer, (usual,)) for layer in layers)):
+            raise UserError(f"config.json sets {key} = {shown(layers)}; only {shown(usual)} for every layer is supported")
 
 
 def refuse_window(config: Mapping[str, Any], absent: int | None, max_position: int) -> None:

@@ -24,10 +24,10 @@ class Formats:
     @classmethod
     def named(cls, names: Mapping[str, str]) -> Self:
         """The formats of {"linear": name, "head": name, "embed": name}."""
-        found = {field.name: formats.get(names[field.name]) for field in dataclasses.fields(cls)}
-        if not isinstance(found["embed"], DenseFormat):
-            raise UserError(f"the embedding table can't be stored as {found['embed'].name}; it must be dense")
-        return cls(**found)
+        embed = formats.get(names["embed"])
+        if not isinstance(embed, DenseFormat):
+            raise UserError(f"the embedding table can't be stored as {embed.name}; it must be dense")
+        return cls(linear=formats.get(names["linear"]), head=formats.get(names["head"]), embed=embed)
 
     @property
     def names(self) -> dict[str, str]:
@@ -39,7 +39,8 @@ class Formats:
             return jax.ShapeDtypeStruct(shape, self.embed.dtype)
         if path.endswith("/scale"):
             return jax.ShapeDtypeStruct(shape, np.float32)
-        return self.of(path).abstract(shape)
+        rows, columns = shape
+        return self.of(path).abstract((rows, columns))
 
     def of(self, path: str) -> WeightFormat:
         """The format of the linear weight at a path."""

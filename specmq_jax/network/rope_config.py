@@ -72,7 +72,8 @@ class RopeConfig:
         original = _original_length(where, config, scaling, limit) if kind in ("llama3", "yarn") else limit
         if kind == "yarn" and scaling.get("factor", 1.0) is None:
             scaling["factor"] = limit / original
-        values = {key: _value(where, key, scaling.get(key)) for key in _USED[kind] if key in _REQUIRED or key in scaling}
+        values: dict[str, Any] = {key: _value(where, key, scaling.get(key)) for key in _USED[kind]
+                                  if key in _REQUIRED or key in scaling}
         found = cls(type=kind, theta=theta, original_max_position=original,
                     **{key: value for key, value in values.items() if value is not None})
         found._check_ranges(where)

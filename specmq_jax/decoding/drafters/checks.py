@@ -10,7 +10,7 @@ from specmq_jax.network.config import LlamaConfig
 
 def is_count(value: Any) -> bool:
     """Whether it is a whole number of at least 1."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_flag(name: str, value: Any) -> None:
