@@ -4,6 +4,7 @@ share."""
 import importlib.util
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
@@ -51,9 +52,28 @@ def _shard(config: pytest.Config) -> tuple[int, int]:
 
 def pytest_configure(config: pytest.Config) -> None:
     _shard(config)
+    _compile_once(config)
     need = NEEDS.get(config.option.markexpr)
     if need and not need.is_met():
         raise pytest.UsageError(f"-m {config.option.markexpr} asks for tests that can't run: {need.missing}")
+
+
+def _compile_once(config: pytest.Config) -> None:
+    """Tests and the commands that they start share what they compile, unless JAX was told of a place for it.
+
+    JAX writes there without a lock, so each process that runs a share of the tests has a place of its own.
+    """
+    if config.getoption("dist", "no") != "no":  # this process runs none
+        return
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    place = tempfile.TemporaryDirectory(prefix="specmq-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(place.cleanup)
+    settings = {"jax_compilation_cache_dir": place.name, "jax_persistent_cache_min_compile_time_secs": 0,
+                "jax_persistent_cache_min_entry_size_bytes": -1}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.hookimpl(wrapper=True)
