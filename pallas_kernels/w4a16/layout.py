@@ -10,6 +10,8 @@ A word of scales holds those of two neighbouring groups in f16, the even one in 
 narrowest that a GPU makes ahead of time.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
@@ -28,6 +30,7 @@ def packed_blocks(rows: int) -> int:
     return -(-rows // BLOCK)
 
 
+@jax.jit
 def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "B N 16"]:
     """See `api.pack`."""
     rows, columns = q.shape
@@ -40,6 +43,7 @@ def pack(q: UInt8[Array, "K N"]) -> Int32[Array, "B N 16"]:
     return words.view(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def unpack(packed: Int32[Array, "B N 16"], rows: int) -> UInt8[Array, "K N"]:
     """See `api.unpack`."""
     columns = packed.shape[1]
@@ -55,6 +59,7 @@ def scale_words(groups: int) -> int:
     return -(-groups // 2)
 
 
+@jax.jit
 def pack_scales(scales: Float[Array, "G N"]) -> Int32[Array, "H N"]:
     """See `api.pack_scales`."""
     groups, columns = scales.shape
@@ -68,6 +73,7 @@ def half_of(words: Int32[Array, "..."], shift: int | Int32[Array, ""]) -> Float[
     return jax.lax.bitcast_convert_type((words >> shift).astype(jnp.int16), jnp.float16)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def unpack_scales(words: Int32[Array, "H N"], groups: int) -> Float[Array, "G N"]:
     """See `api.unpack_scales`."""
     halves = jnp.stack([half_of(words, 0), half_of(words, 16)], axis=1)

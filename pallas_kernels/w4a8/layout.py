@@ -5,6 +5,8 @@ column j in its low nibble and column 64 + j in its high one, so that a mask and
 runs of integers in the order in which the tensor core takes them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped, UInt8
@@ -18,6 +20,7 @@ def packed_shape(outputs: int, rows: int) -> tuple[int, int, int]:
     return -(-rows // BLOCK), outputs, HALF
 
 
+@jax.jit
 def pack(q: UInt8[Array, "N K"]) -> UInt8[Array, "B N 64"]:
     """Packs codes 0..15, an output a row; columns that pad K to a multiple of 128 have code 0.
 
@@ -30,6 +33,7 @@ def pack(q: UInt8[Array, "N K"]) -> UInt8[Array, "B N 64"]:
     return (halves[:, :, 0] | (halves[:, :, 1] << 4)).swapaxes(0, 1)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def unpack(packed: UInt8[Array, "B N 64"], rows: int) -> UInt8[Array, "N K"]:
     """The codes uint8[N, rows] that `pack` was given. Raises ValueError when `packed` does not hold `rows` columns."""
     check_packed(packed, rows)
