@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import IMPLEMENTATIONS, relative_error
+from comparison import IMPLEMENTATIONS, compiled, relative_error
 from lowering import cuda_text, launches
 from trees import dense, random_tree
 
@@ -36,9 +36,9 @@ def check(shape: tuple, dtype, kind: str, config: Config | None, implementation:
     k, v = (cache.at[live:].set(jnp.nan) for cache in (k, v))
     options = dict(scale=scale, config=config, implementation=implementation)
     if kind == "causal":
-        out = causal_attention(q, k, v, jnp.int32(length), **options)
+        out = compiled(causal_attention, q, k, v, jnp.int32(length), **options)
     else:
-        out = tree_attention(q, k, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), **options)
+        out = compiled(tree_attention, q, k, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), **options)
     assert out.dtype == dtype
     assert relative_error(out.astype(jnp.float32), expected) < tolerance
 
@@ -52,8 +52,8 @@ def test_one_level_of_a_growing_tree_equals_those_rows_of_the_whole_tree(rows, t
     mask = random_tree(tail, rng)[-rows:]
     expected = dense(*(np.asarray(a) for a in (q, k[:length + tail], v[:length + tail])), length, mask, 0.25)
     k, v = (cache.at[length + tail:].set(jnp.nan) for cache in (k, v))
-    out = tree_attention(q, k, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), tail=tail,
-                         config=Config(splits=2, block_k=16), implementation=implementation)
+    out = compiled(tree_attention, q, k, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), tail=tail,
+                   config=Config(splits=2, block_k=16), implementation=implementation)
     assert relative_error(out, expected) < 5e-6
 
 
@@ -70,9 +70,10 @@ def test_a_key_that_is_no_number_reaches_the_rows_that_see_it_alone(length, orde
     def attend(keys):
         if ordered:
             depth = jnp.asarray(mask.sum(1) - 1, jnp.int32)
-            return ordered_attention(q, keys, v, jnp.int32(length), depth, tree_paths(jnp.asarray(mask), depth),
-                                     implementation=implementation)
-        return tree_attention(q, keys, v, jnp.int32(length), pack_mask(jnp.asarray(mask)), implementation=implementation)
+            return compiled(ordered_attention, q, keys, v, jnp.int32(length), depth, tree_paths(jnp.asarray(mask), depth),
+                            implementation=implementation)
+        return compiled(tree_attention, q, keys, v, jnp.int32(length), pack_mask(jnp.asarray(mask)),
+                        implementation=implementation)
 
     plain, hurt = np.asarray(attend(k)), np.asarray(attend(k.at[length + node, :, 3].set(jnp.nan)))
     sees = mask[:, node]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import IMPLEMENTATIONS, relative_error
+from comparison import IMPLEMENTATIONS, compiled, relative_error
 from lowering import cuda_text, launches
 
 from pallas_kernels.norm import RowScale
@@ -29,8 +29,8 @@ def check(implementation: str, cache_dtype, max_len: int, shape: tuple, qkv_dtyp
     operands, (q, k, v) = problem(*shape, dtype=qkv_dtype)
     rng = np.random.default_rng(0)
     before = [jnp.asarray(rng.normal(size=(max_len, kv_heads, head_dim)), cache_dtype) for _ in "kv"]
-    out_q, *after = rope_append(*map(jnp.asarray, operands), *before, jnp.int32(length), heads=heads,
-                                kv_heads=kv_heads, head_dim=head_dim, config=config, implementation=implementation)
+    out_q, *after = compiled(rope_append, *map(jnp.asarray, operands), *before, jnp.int32(length), heads=heads,
+                             kv_heads=kv_heads, head_dim=head_dim, config=config, implementation=implementation)
     tolerance = 2e-3 if cache_dtype == jnp.float16 else 2e-6
     assert out_q.dtype == cache_dtype
     assert relative_error(out_q, q) < tolerance
@@ -60,10 +60,10 @@ def test_applies_the_factor_that_a_deferred_norm_owes(rows, chunks, implementati
     scale = RowScale(jnp.asarray(np.random.default_rng(0).uniform(1, 9, (rows, chunks)), jnp.float32), 64, 1e-5)
     factor = 1 / np.sqrt(np.asarray(scale.squares, np.float64).sum(1) / 64 + 1e-5)
     cache = jnp.zeros((32, 2, 32))
-    owed = rope_append(jnp.asarray(qkv), cos, sin, cache, cache, jnp.int32(3), row_scale=scale,
-                       implementation=implementation, **sizes)
-    paid = rope_append(jnp.asarray(qkv * factor[:, None], jnp.float32), cos, sin, cache, cache, jnp.int32(3),
-                       implementation="reference", **sizes)
+    owed = compiled(rope_append, jnp.asarray(qkv), cos, sin, cache, cache, jnp.int32(3), row_scale=scale,
+                    implementation=implementation, **sizes)
+    paid = compiled(rope_append, jnp.asarray(qkv * factor[:, None], jnp.float32), cos, sin, cache, cache, jnp.int32(3),
+                    implementation="reference", **sizes)
     for out, expected in zip(owed, paid, strict=True):
         assert relative_error(out, expected) < 1e-6
 
@@ -82,8 +82,8 @@ def check_beyond(part: str, value: float, implementation: str, rows: int = 5) ->
     first = {"q": 0, "k": heads, "v": heads + kv_heads}[part]
     qkv[0, 2, (first + 1) * head_dim + 7] = value
     cache = jnp.zeros((rows + 8, kv_heads, head_dim), jnp.float16)
-    q, k, v = map(np.asarray, rope_append(jnp.asarray(qkv), cos, sin, cache, cache, jnp.int32(3), heads=heads,
-                                          kv_heads=kv_heads, head_dim=head_dim, implementation=implementation))
+    q, k, v = map(np.asarray, compiled(rope_append, jnp.asarray(qkv), cos, sin, cache, cache, jnp.int32(3), heads=heads,
+                                       kv_heads=kv_heads, head_dim=head_dim, implementation=implementation))
     assert np.isfinite(v).all()
     wrong = {name: {tuple(place[:2]) for place in np.argwhere(~np.isfinite(array))} for name, array in (("q", q), ("k", k))}
     assert wrong == ({"q": {(2, 1)}, "k": set()} if part == "q" else {"q": set(), "k": {(3 + 2, 1)}})

@@ -52,16 +52,21 @@ def problem(rows: int, inner: int, columns: int, group_size: int, dtype):
     return (x, pack(jnp.asarray(q)), scales.astype(jnp.float32) if group_size == -1 else pack_scales(scales)), expected
 
 
+def products(group_size: int, config: Config | None, implementation: str):
+    """`matmul_partials` and `matmul` of the same operands, compiled as one."""
+    options = {"group_size": group_size, "config": config, "implementation": implementation}
+    return jax.jit(lambda *operands: (matmul_partials(*operands, **options), matmul(*operands, **options)))
+
+
 def check(shape: tuple, dtype, config: Config | None, implementation: str) -> None:
     rows, *_, group_size = shape
     operands, expected = problem(*shape, dtype)
-    partials = matmul_partials(*operands, group_size=group_size, config=config, implementation=implementation)
+    partials, product = products(group_size, config, implementation)(*operands)
     assert partials.dtype == jnp.float32
     # weights scaled in a half precision are rounded once more
     rounded = dtype != jnp.float32 and (rows > MAX_ROWS or (config is not None and config.scale_planes))
     tolerance = 2e-5 if not rounded else 3e-4 if dtype == jnp.float16 else 3e-3
     assert relative_error(np.asarray(partials, np.float64).sum(0), expected) < tolerance
-    product = matmul(*operands, group_size=group_size, config=config, implementation=implementation)
     assert product.dtype == dtype
     assert relative_error(product.astype(jnp.float32), expected) < (4e-3 if dtype == jnp.bfloat16 else 5e-4)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import IMPLEMENTATIONS
+from comparison import IMPLEMENTATIONS, compiled
 from lowering import cuda_text, launches
 
 from pallas_kernels import w8a8
@@ -71,7 +71,7 @@ def problem(kind: str, rows: int, inner: int, outputs: int):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unsplit_product_is_exact(kind, shape, implementation):
     function, rows, weight, expected = problem(kind, *shape)
-    found = function(*rows, *weight, config=Config(block_n=32), implementation=implementation)
+    found = compiled(function, *rows, *weight, config=Config(block_n=32), implementation=implementation)
     assert found.shape == (1, *expected.shape)
     # a subtraction that follows a product may be fused with it
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=3e-7 * np.abs(expected).max() * (kind == "channel-zeros"))
