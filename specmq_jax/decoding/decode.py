@@ -39,8 +39,7 @@ _SHORT_CALL = 0.025
 """Seconds of a stream's call: behind a shorter one the next has twice as many rounds."""
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """Everything one sequence carries from round to round.
 
     Attributes:
@@ -424,6 +423,7 @@ def cache_bytes(target: Model, drafter: Drafter, rows: int) -> int:
 def _commit(state: DecodeState, accepted: Accepted) -> DecodeState:
     """Appends the accepted tokens up to the limit, up to and with the first stop token, and up to one whose scores were not
     finite, which is a fault."""
+    assert accepted.sound is not None  # of a verification
     slots = jnp.arange(accepted.tokens.shape[0])
     stops = jnp.any(accepted.tokens[:, None] == state.stop_tokens[None, :], axis=1) & (slots < accepted.count)
     count = jnp.where(stops.any(), jnp.argmax(stops) + 1, accepted.count)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 
-@flax.struct.dataclass
-class Accepted:
+class Accepted(flax.struct.PyTreeNode):
     """What a verification kept, in slots of the deepest possible path; slots from `count` on are padding.
 
     Attributes:
@@ -30,8 +29,7 @@ class Accepted:
     sound: Bool[Array, "P"] | None = None
 
 
-@flax.struct.dataclass
-class DraftTree:
+class DraftTree(flax.struct.PyTreeNode):
     """T drafted tokens; node 0 is the newest committed token, parents precede children, siblings differ.
 
     Attributes:

@@ -55,7 +55,8 @@ class DenseFormat(WeightFormat):
 
     def matmul(self, x: Float[Array, "M K"], weight: Dense, *, peaks: Float[Array, "M C"] | None = None,
                halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "S M N"]:
-        if reproducible or self._fills_no_gpu(len(x), *weight.values.shape, implementation):
+        inner, columns = weight.values.shape
+        if reproducible or self._fills_no_gpu(len(x), inner, columns, implementation):
             return dense.matmul_partials(x.astype(self.dtype), weight.values.astype(self.dtype), reproducible=reproducible,
                                          implementation=implementation)
         return self._product(x, weight.values, contract=0)[None]

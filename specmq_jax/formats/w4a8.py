@@ -106,7 +106,7 @@ class Int4Int8Format(WeightFormat):
         # sign, instead of q less its zero point: a model packed by DeepCompressor erred by 3.9 % of its logits' norm so, and
         # errs by 1.3 % with the sums of the rounded activations.
         codes, row_scales, *added = w8a8.quantise_rows(x, peaks=peaks, sums=self.group_size if self._zeros else None,
-                                                        implementation=implementation)
+                                                       implementation=implementation)
         sums = added[0] if added else None
         if isinstance(weight, Int4TwoLevel):
             return w4a8.group_partials(codes, row_scales, sums, weight.packed, weight.groups, weight.channel_scales,

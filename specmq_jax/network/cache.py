@@ -32,7 +32,7 @@ class LayerCache(Protocol):
 
 
 class Cache(Protocol):
-    """What the network asks of a cache; its layers are replaced with `replace`, as in any `flax.struct.dataclass`."""
+    """What the network asks of a cache; its layers are replaced with `replace`, as in any `flax.struct.PyTreeNode`."""
 
     layers: tuple[LayerCache, ...]
 
@@ -43,8 +43,7 @@ class Cache(Protocol):
     def replace(self, **changes: Any) -> Self: ...
 
 
-@flax.struct.dataclass
-class StoredLayer:
+class StoredLayer(flax.struct.PyTreeNode):
     """One layer's rows of one sequence.
 
     Attributes:
@@ -56,6 +55,7 @@ class StoredLayer:
 
     def append(self, qkv: Float[Array, "S M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None, *,
                implementation: str | None = None) -> tuple[Float[Array, "M Hq D"], Self]:
+        assert rows.start is not None  # of rows behind stored ones
         query, keys, values = rope_kernels.rope_append(
             qkv, rows.cos, rows.sin, self.keys, self.values, rows.start, heads=config.num_heads,
             kv_heads=config.num_kv_heads, head_dim=config.head_dim, row_scale=row_scale, implementation=implementation)
@@ -63,8 +63,9 @@ class StoredLayer:
 
     def attend(self, query: Float[Array, "M Hq D"], rows: Rows, *, implementation: str | None = None
                ) -> Float[Array, "M Hq D"]:
+        assert rows.committed is not None
         stored = query, self.keys, self.values, rows.committed
-        if rows.paths is not None:
+        if rows.paths is not None and rows.depth is not None:
             return attention_kernels.ordered_attention(*stored, rows.depth, rows.paths, implementation=implementation)
         if rows.mask_words is None:
             return attention_kernels.causal_attention(*stored, implementation=implementation)
@@ -75,8 +76,7 @@ class StoredLayer:
         return jax.tree.map(lambda rows: jax.lax.dynamic_update_slice_in_dim(rows, rows[length + path], length, 0), self)
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """The cache of every layer.
 
     Attributes:

@@ -17,6 +17,7 @@ from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.network.cache import Cache
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed
+from specmq_jax.network.module import Module
 
 ROTATED_TARGET = "rotated_target"
 """The entry of config.json by which an EAGLE-3 head says that it was made for a rotated target."""
@@ -57,7 +58,7 @@ class EagleConfig:
         return self.streams or (2, target_layers // 2, target_layers - 3)
 
 
-class EagleHead(nn.Module):
+class EagleHead(Module):
     """Drafts features and logits from tokens and states; needs no target while a tree grows.
 
     `implementation` is as in `Llama`.

@@ -43,8 +43,7 @@ class Linear(nn.Module):
                                   implementation=self.implementation)
 
 
-@flax.struct.dataclass
-class Normed:
+class Normed(flax.struct.PyTreeNode):
     """Normalised rows, or rows that are still owed a factor each, which the readers of a product with them apply.
 
     Attributes:
@@ -138,7 +137,8 @@ class Layer(nn.Module):
         self.mlp_norm = AddNorm(config.rms_norm_eps, *how)
         self.mlp = Mlp(config.intermediate_size, *how)
 
-    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows, cache: LayerCache):
+    def __call__(self, residual: Float[Array, "M D"], update: Float[Array, "S M D"] | None, rows: Rows, cache: LayerCache
+                 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], Float[Array, "S M D"], LayerCache]:
         """Returns the residual stream that entered the layer, the one behind its attention, the MLP's output, the cache."""
         entering, update, cache = self.attend(residual, update, rows, cache)
         return entering, *self.feed_forward(entering, update), cache

@@ -1,6 +1,5 @@
 """The Llama decoder as a functional Flax module."""
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -9,9 +8,10 @@ from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.network.cache import Cache
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.layers import AddNorm, Embedding, Layer, Linear
+from specmq_jax.network.module import Module
 
 
-class Llama(nn.Module):
+class Llama(Module):
     """Token ids to hidden states over a KV cache, and hidden states to logits.
 
     Attributes:

@@ -13,8 +13,7 @@ MOST_DECODE_ROWS = 64
 """Up to this many causal rows take the decode kernel, which splits the cache among programs; more fill a GPU as they are."""
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """What every layer needs to know of the rows it processes.
 
     Attributes:

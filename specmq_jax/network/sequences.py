@@ -14,8 +14,7 @@ from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.rows import Rows
 
 
-@flax.struct.dataclass
-class SequenceLayer:
+class SequenceLayer(flax.struct.PyTreeNode):
     """One layer's keys and values of B sequences.
 
     Attributes:
@@ -31,6 +30,7 @@ class SequenceLayer:
     def append(self, qkv: Float[Array, "1 M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None, *,
                implementation: str | None = None) -> tuple[Float[Array, "M Hq d"], Self]:
         del implementation  # there is one
+        assert rows.mask is not None  # of rows side by side
         query, *rest = rope_kernels.rotated(qkv, rows.cos, rows.sin, heads=config.num_heads, kv_heads=config.num_kv_heads,
                                             head_dim=config.head_dim, dtype=self.dtype, row_scale=row_scale)
         key, value = (part.reshape(-1, rows.mask.shape[1], *part.shape[1:]) for part in rest)
@@ -41,13 +41,13 @@ class SequenceLayer:
     def attend(self, query: Float[Array, "M Hq d"], rows: Rows, *, implementation: str | None = None
                ) -> Float[Array, "M Hq d"]:
         del implementation
+        assert rows.mask is not None
         own = list(zip(self.keys[1:], self.values[1:], strict=True))
         split = query.reshape(-1, rows.mask.shape[1], *query.shape[1:])
         return attention(split, self.keys[0], self.values[0], rows.mask, own).reshape(query.shape)
 
 
-@flax.struct.dataclass
-class Sequences:
+class Sequences(flax.struct.PyTreeNode):
     """B sequences of S tokens, whose rows a pass takes one sequence behind the other.
 
     A further pass takes a draft from every row. It stands `offsets` behind the row, and sees what the row sees, the row's

@@ -64,7 +64,7 @@ class Stopwatch:
         return Costs(plain=whole.median, plain_spread=(whole.fastest, whole.slowest), verify=verify,
                      draft=Curve(at=(0,), seconds=(0.0,)))
 
-    def drafting(self, name: str, drafter: Drafter, plain: Costs) -> Costs:
+    def drafting(self, name: str, drafter: EagleDrafter | ChainDrafter | HierarchicalDrafter, plain: Costs) -> Costs:
         """Of a drafter, its kind with other depths, sizes and lengths, beside what `plain` measured of the model."""
         if isinstance(drafter, HierarchicalDrafter):
             return self._hierarchical(name, drafter, plain)

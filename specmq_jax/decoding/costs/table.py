@@ -114,10 +114,12 @@ class Costs:
 
     def inner_round(self, depth: int, size: int) -> float:
         """A round of the small model."""
+        assert self.small_verify is not None  # of a hierarchy
         return self.draft(depth) + self.small_verify(size) + self.small_rest
 
     def hierarchical_round(self, depth: int, size: int, min_draft_length: int, inner_rounds: float, ahead: float) -> float:
         """A round whose draft takes `inner_rounds`; `ahead` is the share of rounds behind which the small model goes a token
         ahead."""
+        assert self.small_verify is not None
         return (inner_rounds * self.inner_round(depth, size) + ahead * self.small_verify(2)
                 + self.verify(min_draft_length + depth + 1) + self.rest)

@@ -1,6 +1,6 @@
 """Bytes that decoding must move: each weight once for every pass that uses it, and the live rows of that pass's cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def round_bytes(target: Model, drafter: Drafter, live: int, inner_rounds: float 
       inner_rounds: rounds of a hierarchy's small model in it, each with a draft, a pass and an advance of its own.
       ahead: passes of the small model in it that go a token ahead.
     """
-    advance = 0
+    advance = 0.0
     if isinstance(drafter, HierarchicalDrafter):
         advance = ahead * pass_bytes(drafter.model, live) + _layer_bytes(drafter.inner.head, live, own=False)
     elif isinstance(drafter, EagleDrafter):
@@ -55,7 +55,7 @@ def round_bytes(target: Model, drafter: Drafter, live: int, inner_rounds: float 
     return draft_bytes(drafter, live, inner_rounds) + pass_bytes(target, live) + advance
 
 
-def rounds_ahead(drafter: HierarchicalDrafter, accepted: Sequence[int], inner: Iterable[int]) -> int:
+def rounds_ahead(drafter: HierarchicalDrafter, accepted: Iterable[int], inner: Iterable[int]) -> int:
     """Rounds behind which a hierarchy's small model goes a token ahead.
 
     Args:

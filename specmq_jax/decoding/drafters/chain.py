@@ -17,8 +17,7 @@ from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 
 
-@flax.struct.dataclass
-class ChainState:
+class ChainState(flax.struct.PyTreeNode):
     """The draft model's side of the sequence.
 
     Attributes:

@@ -20,8 +20,7 @@ from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 
 
-@flax.struct.dataclass
-class EagleState:
+class EagleState(flax.struct.PyTreeNode):
     """The head's side of the sequence.
 
     Attributes:
@@ -33,8 +32,7 @@ class EagleState:
     feature: Float[Array, "D"]
 
 
-@flax.struct.dataclass
-class Candidates:
+class Candidates(flax.struct.PyTreeNode):
     """Scored nodes in order of drafting (the "history").
 
     Attributes:
@@ -144,6 +142,7 @@ class EagleDrafter:
         return Candidates.join(levels).prune(root, self.tree), state.replace(cache=cache)
 
     def advance(self, params: Any, state: EagleState, accepted: Accepted) -> EagleState:
+        assert accepted.features is not None  # of a verification
         return self._commit(params, state, accepted.tokens, accepted.features, accepted.count)
 
     def accept_lengths(self, state: EagleState) -> Int32[np.ndarray, "n"]:

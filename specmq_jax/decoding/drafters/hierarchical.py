@@ -22,8 +22,7 @@ from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 
 
-@flax.struct.dataclass
-class HierarchicalState:
+class HierarchicalState(flax.struct.PyTreeNode):
     """The small model's side of the sequence, P being the target's committed length.
 
     Attributes:
@@ -133,6 +132,7 @@ class HierarchicalDrafter:
         def inner_round(carry: tuple[Array, HierarchicalState]) -> tuple[Array, HierarchicalState]:
             tokens, state = carry
             accepted, state = self._inner_round(params, state, tokens[state.drafted])
+            assert accepted.features is not None  # of a verification
             tokens = jax.lax.dynamic_update_slice(tokens, accepted.tokens, (state.drafted + 1,))
             features = jax.lax.dynamic_update_slice(state.features, accepted.features.astype(jnp.float32),
                                                     (state.drafted, jnp.int32(0)))
