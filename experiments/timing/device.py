@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from specmq_jax.loading.memory import room
 
-_COPIES, _LEAST_COPY = 8, 256 * 2**20
+_LEAST_COPY = 256 * 2**20
 
 
 def device_name() -> str:
@@ -42,16 +42,17 @@ def device_bandwidth() -> float | None:
 
 
 def _copy_speed(size: int) -> float:
-    # enough repeats inside one call for dispatch and the first copy, into the loop's own buffer, to weigh little
-    values = jnp.ones(size // 4, jnp.float32)
+    # enough repeats inside one call for dispatch and the first copy, into the loop's own buffer, to weigh little: a GPU copies a
+    # gigabyte in half a millisecond, about what starting a call takes
+    values, copies = jnp.ones(size // 4, jnp.float32), 8 if jax.default_backend() == "cpu" else 32
 
     def seconds() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(_copy(values, _COPIES))
+        jax.block_until_ready(_copy(values, copies))
         return time.perf_counter() - start
 
     seconds()
-    return 2 * size * _COPIES / min(seconds() for _ in range(3))
+    return 2 * size * copies / min(seconds() for _ in range(3))
 
 
 @jax.jit
