@@ -42,8 +42,8 @@ def device_bandwidth() -> float | None:
 
 
 def _copy_speed(size: int) -> float:
-    # enough repeats inside one call for dispatch and the first copy, into the loop's own buffer, to weigh little: a GPU copies a
-    # gigabyte in half a millisecond, about what starting a call takes
+    # enough repeats inside one call for dispatch and the first copy, into the loop's own buffer, to weigh little: a GPU copies
+    # a gigabyte in half a millisecond, about what starting a call takes
     values, copies = jnp.ones(size // 4, jnp.float32), 8 if jax.default_backend() == "cpu" else 32
 
     def seconds() -> float:
