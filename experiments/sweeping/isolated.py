@@ -1,10 +1,12 @@
 """Work in a process of its own, which reports while it works: the device memory that it took is free when it ends."""
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -75,15 +77,24 @@ def _work(sender: Connection, work: Callable[..., None], arguments: tuple[Any, .
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends this process
     interrupts.raise_in_main()  # the parent's SIGTERM, so that nothing half written stays
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tell = functools.partial(_tell, sender)
     try:
-        work(*arguments, sender.send)
+        work(*arguments, tell)
     except UserError as error:
-        sender.send(error)
+        tell(error)
     except Exception as error:
         mistake = explanations.explained(error)
         if mistake is None:
             raise
-        sender.send(mistake)
+        tell(mistake)
+
+
+def _tell(sender: Connection, told: Any) -> None:
+    """Sends it; ends the process where nobody listens any more, as behind the parent's Ctrl-C."""
+    try:
+        sender.send(told)
+    except BrokenPipeError:
+        sys.exit(1)
 
 
 def _end_with_parent() -> None:

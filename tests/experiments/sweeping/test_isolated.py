@@ -1,6 +1,7 @@
 """Work in a process of its own: what it tells arrives, and how it ends."""
 
 import errno
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -77,6 +78,21 @@ def test_the_process_ends_when_nobody_listens():
     pid = next(reports)
     reports.close()
     assert gone(pid)
+
+
+def talkative(tell):
+    while True:
+        tell(os.getpid())
+
+
+def test_a_process_that_is_telling_something_ends_without_a_traceback(capfd, monkeypatch):
+    """Behind Ctrl-C the parent listens no longer, and a busy machine lets the process go on for a while."""
+    ended, end = multiprocessing.context.SpawnProcess, multiprocessing.context.SpawnProcess.terminate
+    monkeypatch.setattr(ended, "terminate", lambda process: (process.join(5), end(process)))
+    reports = isolated.reports(talkative)
+    next(reports)
+    reports.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_process_ends_when_its_parent_is_killed():
