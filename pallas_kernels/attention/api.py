@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import launch
 from pallas_kernels.attention import kernel, mask, ordered, reference
+from pallas_kernels.sequences import as_slots
 
 
 def pack_mask(tree_mask: Bool[Array, "T C"]) -> Int32[Array, "T W"]:
@@ -17,22 +18,27 @@ def pack_mask(tree_mask: Bool[Array, "T C"]) -> Int32[Array, "T W"]:
     return mask.pack(tree_mask)
 
 
-def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-                   length: Int32[Array, ""], mask_words: Int32[Array, "T W"], *, tail: int | None = None,
-                   scale: float | None = None, config: kernel.Config | None = None, implementation: str | None = None
-                   ) -> Float[Array, "T Hq d"]:
+def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
+                   length: Int32[Array, "*N"], mask_words: Int32[Array, "T W"], *, tail: int | None = None,
+                   slots: Int32[Array, "*N"] | None = None, scale: float | None = None, config: kernel.Config | None = None,
+                   implementation: str | None = None) -> Float[Array, "T Hq d"]:
     """Attention of T rows of a draft tree whose keys and values stand at cache rows [length, length + tail).
 
     Row t sees every key below `length`, and key length + i when bit i of its mask is set. The rows may be the whole
     tree, or one level of a growing tree behind the levels before it. Query head h uses kv head
     h // (Hq / Hkv). The softmax is f32, and time follows length + tail, not L.
 
+    With `slots` the rows are those of N sequences, T / N of each, one sequence behind the other; each has a length of its own,
+    and its rows' masks speak of the keys behind it.
+
     Args:
       q: [T, Hq, d] in the caches' dtype.
-      k_cache, v_cache: f16, bf16 or f32 [L, Hkv, d]; rows past length + tail may hold anything, NaN included.
-      length: i32 scalar; length + tail must not exceed L (a traced value cannot be checked).
+      k_cache, v_cache: f16, bf16 or f32 [L, Hkv, d]; rows past length + tail may hold anything, NaN included. With slots
+        [B, L, Hkv, d].
+      length: i32 scalar, or i32[N] of N sequences; length + tail must not exceed L (a traced value cannot be checked).
       mask_words: int32[T, ceil(tail / 32)], from `pack_mask`.
-      tail: columns of the mask; default T.
+      tail: columns of the mask; default T, or T / N.
+      slots: i32 scalar or i32[N], where in the caches each sequence stands.
       scale: of the scores, positive; default 1 / sqrt(d).
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel needs d to be a
@@ -44,21 +50,25 @@ def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], 
     Raises:
       ValueError: shapes or dtypes that do not fit each other, or a head_dim that the kernel cannot take.
     """
-    tail = q.shape[0] if tail is None else tail
+    tail = q.shape[0] // _sequences(length) if tail is None else tail
     expected = (q.shape[0], -(-tail // mask.WORD))
     if mask_words.shape != expected or mask_words.dtype != jnp.int32:
         raise ValueError(f"mask_words are {mask_words.dtype}{list(mask_words.shape)}; expected int32{list(expected)}")
-    return _attention(q, k_cache, v_cache, length, mask_words, tail, scale, config, implementation)
+    return _attention(q, k_cache, v_cache, length, slots, mask_words, tail, scale, config, implementation)
 
 
-def causal_attention(q: Float[Array, "M Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-                     length: Int32[Array, ""], *, scale: float | None = None, config: kernel.Config | None = None,
-                     implementation: str | None = None) -> Float[Array, "M Hq d"]:
-    """Attention of M consecutive rows, whose keys and values stand at cache rows [length, length + M).
+def causal_attention(q: Float[Array, "M Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
+                     length: Int32[Array, "*N"], *, slots: Int32[Array, "*N"] | None = None, scale: float | None = None,
+                     config: kernel.Config | None = None, implementation: str | None = None) -> Float[Array, "M Hq d"]:
+    """Attention of M consecutive rows, or M / N of each sequence, whose keys and values stand at cache rows from `length` on.
 
-    Row r sees the keys j <= length + r. Everything else is as in `tree_attention`.
+    Row r of a sequence sees the keys j <= length + r. Everything else is as in `tree_attention`.
     """
-    return _attention(q, k_cache, v_cache, length, None, q.shape[0], scale, config, implementation)
+    return _attention(q, k_cache, v_cache, length, slots, None, q.shape[0] // _sequences(length), scale, config, implementation)
+
+
+def _sequences(length: Int32[Array, "*N"]) -> int:
+    return 1 if jnp.ndim(length) == 0 else len(length)
 
 
 def tuning_key(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> str:
@@ -79,10 +89,10 @@ def tree_paths(tree_mask: Bool[Array, "T T"], depth: Int32[Array, "T"]) -> Int32
     return mask.paths(tree_mask, depth)
 
 
-def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-                      length: Int32[Array, ""], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *,
-                      scale: float | None = None, config: ordered.Config | None = None,
-                      implementation: str | None = None) -> Float[Array, "T Hq d"]:
+def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
+                      length: Int32[Array, "*N"], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *,
+                      slots: Int32[Array, "*N"] | None = None, scale: float | None = None,
+                      config: ordered.Config | None = None, implementation: str | None = None) -> Float[Array, "T Hq d"]:
     """Attention of a draft tree's T rows, in bits that depend on a row's own path alone.
 
     `tree_attention` with another order of summation: row t stands at position length + depth[t] and sees, in order of
@@ -90,7 +100,7 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
     for any T, any length and any order of nodes, as long as queries, keys and values of the positions are the same.
 
     Args:
-      q, k_cache, v_cache, length: as for `tree_attention`, with a tail of T.
+      q, k_cache, v_cache, length, slots: as for `tree_attention`, with a tail of T or T / N.
       depth: int32[T], 0 for the root, at most `ordered.MOST_DEPTH` (a traced value cannot be checked).
       paths: int32[T, D], from `tree_paths`; D is more than the largest depth.
       scale: of the scores; default 1 / sqrt(d).
@@ -110,34 +120,49 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
         raise ValueError(f"paths are {paths.dtype}{list(paths.shape)}; expected int32[{rows}, D]")
     chosen = launch.choose(implementation)
     _check(q, k_cache, v_cache)
-    length, scale = jnp.asarray(length, jnp.int32), head_dim ** -0.5 if scale is None else scale
+    scale = head_dim ** -0.5 if scale is None else scale
+    *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
     if chosen == "reference":
-        return reference.ordered_attention(q, k_cache, v_cache, length, depth, paths, scale=scale)
+        def one(slot: Array | int, length: Array, q: Array, depth: Array, paths: Array) -> Array:
+            return reference.ordered_attention(q, *caches, slot, length, depth, paths, scale=scale)
+
+        return reference.each_sequence(one, q, lengths, slots, depth, paths)
     _check_head_dim(head_dim)
-    return ordered.attention(
-        q, k_cache, v_cache, length, depth, paths, scale=scale,
-        config=config or ordered.heuristic(rows, heads, k_cache.shape[1], q.dtype), interpret=chosen == "interpret")
+    config = config or ordered.heuristic(rows // len(lengths), heads, k_cache.shape[-2], q.dtype)
+    return ordered.attention(q, *caches, lengths, slots, depth, paths, scale=scale, config=config,
+                             interpret=chosen == "interpret")
 
 
-def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-               length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, tail: int, scale: float | None,
-               config: kernel.Config | None, implementation: str | None) -> Float[Array, "T Hq d"]:
+def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
+               length: Int32[Array, "*N"], slots: Int32[Array, "*N"] | None, mask_words: Int32[Array, "T W"] | None,
+               tail: int, scale: float | None, config: kernel.Config | None, implementation: str | None
+               ) -> Float[Array, "T Hq d"]:
     _check(q, k_cache, v_cache)
     rows, heads, head_dim = q.shape
-    max_len, kv_heads, _ = k_cache.shape
     scale = head_dim ** -0.5 if scale is None else scale
     if scale <= 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
-    length = jnp.asarray(length, jnp.int32)
+    *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
     chosen = launch.choose(implementation)
     if chosen == "reference":
-        return reference.attention(q, k_cache, v_cache, length, mask_words, tail=tail, scale=scale)
+        def one(slot: Array | int, length: Array, q: Array, words: Array | None) -> Array:
+            return reference.attention(q, *caches, slot, length, words, tail=tail, scale=scale)
+
+        return reference.each_sequence(one, q, lengths, slots, mask_words)
     _check_head_dim(head_dim)
     if config is None:
-        fields = launch.tuned("attention", tuning_key(rows, heads, kv_heads, head_dim, q.dtype))
-        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, heads, kv_heads, max_len, q.dtype)
-    return kernel.attention(q, k_cache, v_cache, length, mask_words, tail=tail, scale=scale, config=config,
+        config = _config(rows, len(lengths), heads, k_cache, q.dtype)
+    return kernel.attention(q, *caches, lengths, slots, mask_words, tail=tail, scale=scale, config=config,
                             interpret=chosen == "interpret")
+
+
+def _config(rows: int, sequences: int, heads: int, k_cache: Array, dtype: jnp.dtype) -> kernel.Config:
+    max_len, kv_heads, head_dim = k_cache.shape[-3:]
+    fields = None
+    if sequences == 1:  # tables are of a single sequence, whose shares would be too many for several
+        fields = launch.tuned("attention", tuning_key(rows, heads, kv_heads, head_dim, dtype))
+    return kernel.Config(**fields) if fields else kernel.heuristic(rows // sequences, heads, kv_heads, max_len, dtype,
+                                                                   sequences)
 
 
 def _check_head_dim(head_dim: int) -> None:
@@ -149,7 +174,9 @@ def _check(q: Array, k_cache: Array, v_cache: Array) -> None:
     if q.ndim != 3 or q.shape[0] < 1:
         raise ValueError(f"q has shape {list(q.shape)}; expected [rows, heads, head_dim]")
     rows, heads, head_dim = q.shape
-    if k_cache.ndim != 3 or k_cache.shape[2] != head_dim or heads % k_cache.shape[1] or k_cache.shape[0] < rows:
+    rows = 1 if k_cache.ndim == 4 else rows  # of how many sequences they are is not known here
+    if (k_cache.ndim not in (3, 4) or k_cache.shape[-1] != head_dim or heads % k_cache.shape[-2]
+            or k_cache.shape[-3] < rows):
         raise ValueError(f"k_cache has shape {list(k_cache.shape)}; expected [at least {rows}, a divisor of {heads} "
                          f"heads, {head_dim}]")
     if v_cache.shape != k_cache.shape:

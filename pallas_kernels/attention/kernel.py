@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import launch
 from pallas_kernels.attention.mask import WORD
 
+_LEAST_SHARES = 4
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
 
@@ -46,14 +47,18 @@ class Config:
             raise ValueError(f"splits is {self.splits}; expected at least 1")
 
 
-def heuristic(rows: int, heads: int, kv_heads: int, max_len: int, dtype: jnp.dtype) -> Config:
-    """A config that starts about two programs for each of about 132 SMs."""
+def heuristic(rows: int, heads: int, kv_heads: int, max_len: int, dtype: jnp.dtype, sequences: int = 1) -> Config:
+    """A config that starts about two programs for each of about 132 SMs, for `rows` of each sequence.
+
+    Of several sequences one may be far longer than the others, and is cut in as many shares as keep its programs busy.
+    """
     pairs = rows * heads // kv_heads
     # f32 products run outside the tensor cores, where a larger tile spills its registers.
     largest, block_k = (16, 32) if dtype == jnp.float32 else (64, 64)
     block_m = min(largest, max(16, launch.power_of_two(pairs)))
-    tiles = pl.cdiv(pairs, block_m) * kv_heads
-    splits = min(pl.cdiv(264, tiles), 32, pl.cdiv(max_len, block_k))
+    tiles = pl.cdiv(pairs, block_m) * kv_heads * sequences
+    least = 1 if sequences == 1 else _LEAST_SHARES
+    splits = min(max(least, pl.cdiv(264, tiles)), 32, pl.cdiv(max_len, block_k))
     return Config(block_m=block_m, block_k=block_k, splits=splits)
 
 
@@ -69,19 +74,23 @@ def _exp2_of_sum(values: Float[Array, "M N"], factor: float, others: Float[Array
     return out
 
 
-def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float, inline_asm: bool):
+def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: bool, scale: float, inline_asm: bool):
     q_ref, k_ref, v_ref, length_ref, *refs = refs
     words_ref = refs.pop(0) if tree else None
-    max_len, kv_heads, head_dim = k_ref.shape
-    heads = q_ref.shape[0] // rows
+    slots_ref = refs.pop(0) if is_slotted else None
+    _, max_len, kv_heads, head_dim = k_ref.shape
+    sequences = length_ref.shape[0]
+    heads = q_ref.shape[0] // (rows * sequences)
     group = heads // kv_heads
-    tile, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    length = length_ref[0]
+    tile, kv_head, split, sequence = pl.program_id(0), pl.program_id(1), pl.program_id(2), 0
+    if sequences > 1:
+        sequence, split = split // config.splits, split % config.splits
+    length, slot = length_ref[sequence], 0 if slots_ref is None else slots_ref[sequence]
 
     pair = tile * config.block_m + jnp.arange(config.block_m)
     row = pair // group
     pair_mask = (pair < rows * group)[:, None]
-    q_row = (row * heads + kv_head * group + pair % group)[:, None]
+    q_row = ((sequence * rows + row) * heads + kv_head * group + pair % group)[:, None]
     lane = jnp.arange(head_dim)[None, :]
     queries = plgpu.load(q_ref.at[q_row, lane], mask=pair_mask, other=0)
     precision = jax.lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
@@ -96,7 +105,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float,
     committed = jnp.clip(length // config.block_k, first, jnp.maximum(first, last))
 
     # A row's words once, not for each key: their loads stand in nobody's way.
-    words = [plgpu.load(words_ref.at[row, jnp.broadcast_to(index, row.shape)], mask=row < rows, other=0)
+    words = [plgpu.load(words_ref.at[sequence * rows + row, jnp.broadcast_to(index, row.shape)], mask=row < rows, other=0)
              for index in range(words_ref.shape[1] if tree else 0)]
 
     def visible(key: Array) -> Array:
@@ -113,7 +122,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float,
         total, largest, weight_sum = carry
         key = block * config.block_k + jnp.arange(config.block_k)
         in_cache = (key < live)[:, None] if masked else None
-        index = key[:, None], jnp.broadcast_to(kv_head, (1, 1)), lane
+        index = jnp.broadcast_to(slot, (1, 1)), key[:, None], jnp.broadcast_to(kv_head, (1, 1)), lane
         keys = plgpu.load(k_ref.at[index], mask=in_cache, other=0 if masked else None)
         scores = plgpu.dot(queries, keys, trans_b=True, precision=precision)
         if masked:
@@ -138,7 +147,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, scale: float,
         plgpu.store(out_ref.at[q_row, lane], out.astype(out_ref.dtype), mask=pair_mask)
         return
     total_ref, largest_ref, sum_ref = refs
-    part = split * rows * heads + q_row
+    part = split * q_ref.shape[0] + q_row
     plgpu.store(total_ref.at[part, lane], total, mask=pair_mask)
     plgpu.store(largest_ref.at[part], (largest * exponent)[:, None], mask=pair_mask)
     plgpu.store(sum_ref.at[part], weight_sum[:, None], mask=pair_mask)
@@ -160,25 +169,26 @@ def _combine_body(total_ref, largest_ref, sum_ref, out_ref, *, splits: int):
 
 
 @functools.partial(jax.jit, static_argnames=("tail", "scale", "config", "interpret"))
-def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-              length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, *, tail: int, scale: float,
-              config: Config, interpret: bool) -> Float[Array, "T Hq d"]:
-    """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None."""
+def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
+              lengths: Int32[Array, "N"], slots: Int32[Array, "N"] | None, mask_words: Int32[Array, "T W"] | None, *,
+              tail: int, scale: float, config: Config, interpret: bool) -> Float[Array, "T Hq d"]:
+    """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None; no slots are one sequence in the only
+    one."""
     rows, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[1]
+    kv_heads, sequences = k_cache.shape[2], len(lengths)
+    each = rows // sequences
     flat = jax.ShapeDtypeStruct((rows * heads, head_dim), q.dtype)
-    operands = [q.reshape(flat.shape), k_cache, v_cache, length.reshape(1)]
-    if mask_words is not None:
-        operands.append(mask_words)
+    operands = [q.reshape(flat.shape), k_cache, v_cache, lengths]
+    operands += [operand for operand in (mask_words, slots) if operand is not None]
     parts = config.splits * rows * heads
     out_shape = [flat] if config.splits == 1 else [jax.ShapeDtypeStruct((parts, head_dim), jnp.float32),
                                                    jax.ShapeDtypeStruct((parts,), jnp.float32),
                                                    jax.ShapeDtypeStruct((parts,), jnp.float32)]
-    body = functools.partial(_body, config=config, rows=rows, tail=tail, tree=mask_words is not None, scale=scale,
-                             inline_asm=not interpret)
+    body = functools.partial(_body, config=config, rows=each, tail=tail, tree=mask_words is not None,
+                             is_slotted=slots is not None, scale=scale, inline_asm=not interpret)
     out = launch.call(
         body, operands, out_shape=out_shape, num_warps=config.num_warps, num_stages=config.num_stages,
-        grid=(pl.cdiv(rows * heads // kv_heads, config.block_m), kv_heads, config.splits), interpret=interpret,
+        grid=(pl.cdiv(each * heads // kv_heads, config.block_m), kv_heads, config.splits * sequences), interpret=interpret,
         name="attention")
     if config.splits > 1:
         out = launch.call(

@@ -88,34 +88,42 @@ class _Operands:
     v: Any
     out: tuple[Any, Any, Any]
     rows: int
+    sequences: int
     scale: float
     kv_head: Int32[Array, ""]
+    sequence: Int32[Array, ""] | int
+    slot: Int32[Array, ""] | int
 
     @property
     def heads(self) -> int:
-        return self.q.shape[0] // self.rows
+        return self.q.shape[0] // (self.rows * self.sequences)
 
     @property
     def group(self) -> int:
-        return self.heads // self.k.shape[1]
+        return self.heads // self.k.shape[2]
 
     @property
     def lane(self) -> Int32[Array, "1 d"]:
-        return jnp.arange(self.k.shape[2])[None, :]
+        return jnp.arange(self.k.shape[3])[None, :]
+
+    def among_all(self, row: Int32[Array, "..."]) -> Int32[Array, "..."]:
+        """The index among all rows of one of the sequence's."""
+        return self.sequence * self.rows + row
 
     def queries(self, slab: _Slab) -> Float[Array, "P d"]:
-        q_row = slab.row * self.heads + self.kv_head * self.group + slab.head
+        q_row = self.among_all(slab.row) * self.heads + self.kv_head * self.group + slab.head
         return plgpu.load(self.q.at[q_row[:, None], self.lane], mask=slab.mask[:, None], other=0)
 
     def block(self, cache_row: Int32[Array, "B"], mask: Bool[Array, "B"] | None
               ) -> tuple[Float[Array, "B d"], Float[Array, "B d"]]:
         """Keys and values at those rows of the cache."""
-        index = cache_row[:, None], jnp.broadcast_to(self.kv_head, (1, 1)), self.lane
+        slot, head = (jnp.broadcast_to(index, (1, 1)) for index in (self.slot, self.kv_head))
+        index = slot, cache_row[:, None], head, self.lane
         masked = dict(mask=None, other=None) if mask is None else dict(mask=mask[:, None], other=0)
         return plgpu.load(self.k.at[index], **masked), plgpu.load(self.v.at[index], **masked)
 
     def empty(self) -> _Sums:
-        return _Sums(jnp.zeros((SLAB, self.k.shape[2]), jnp.float32), jnp.full((SLAB,), MASKED, jnp.float32),
+        return _Sums(jnp.zeros((SLAB, self.k.shape[3]), jnp.float32), jnp.full((SLAB,), MASKED, jnp.float32),
                      jnp.zeros((SLAB, SUM_COLUMNS), jnp.float32))
 
     def add(self, sums: _Sums, queries: Float[Array, "P d"], keys: Float[Array, "B d"], values: Float[Array, "B d"],
@@ -133,16 +141,20 @@ class _Operands:
 
     def store(self, share: Int32[Array, ""], slab: _Slab, sums: _Sums) -> None:
         values, largest, weights = self.out
-        part = ((share * self.rows + slab.row) * self.heads + self.kv_head * self.group + slab.head)[:, None]
+        row = share * self.rows * self.sequences + self.among_all(slab.row)
+        part = (row * self.heads + self.kv_head * self.group + slab.head)[:, None]
         mask = slab.mask[:, None]
         plgpu.store(values.at[part, self.lane], sums.values, mask=mask)
         plgpu.store(largest.at[part], sums.largest[:, None], mask=mask)
         plgpu.store(weights.at[part], jnp.max(sums.weights, axis=1)[:, None], mask=mask)  # all columns are equal
 
 
-def _body(q_ref, k_ref, v_ref, length_ref, depth_ref, paths_ref, *out_refs, config: Config, rows: int, scale: float):
-    work, length = pl.program_id(0), length_ref[0]
-    operands = _Operands(q_ref, k_ref, v_ref, out_refs, rows, scale, pl.program_id(1))
+def _body(q_ref, k_ref, v_ref, length_ref, depth_ref, paths_ref, *refs, config: Config, rows: int, scale: float):
+    sequences = length_ref.shape[0]
+    work, sequence = pl.program_id(0), pl.program_id(2) if sequences > 1 else 0
+    *slots_ref, _, _, _ = refs
+    length, slot = length_ref[sequence], slots_ref[0][sequence] if slots_ref else 0
+    operands = _Operands(q_ref, k_ref, v_ref, refs[-3:], rows, sequences, scale, pl.program_id(1), sequence, slot)
     own = rows * pl.cdiv(operands.group, SLAB)
 
     @pl.when(work < own)
@@ -160,13 +172,14 @@ def _own_blocks(operands: _Operands, work: Int32[Array, ""], length: Int32[Array
     slabs = pl.cdiv(operands.group, SLAB)
     row, head = work // slabs, work % slabs * SLAB + jnp.arange(SLAB)
     slab = _Slab(jnp.broadcast_to(row, head.shape), head, head < operands.group)
-    position = length + plgpu.load(depth_ref.at[row])
+    position = length + plgpu.load(depth_ref.at[operands.among_all(row)])
     queries = operands.queries(slab)
 
     def gather(near: Array, carry: None) -> None:
         key = (_first_near(position) + near) * BLOCK + jnp.arange(BLOCK)
         behind, seen = key - length, key <= position
-        node = plgpu.load(paths_ref.at[jnp.broadcast_to(row, key.shape), behind], mask=(behind >= 0) & seen, other=0)
+        path = jnp.broadcast_to(operands.among_all(row), key.shape)
+        node = plgpu.load(paths_ref.at[path, behind], mask=(behind >= 0) & seen, other=0)
         keys, values = operands.block(jnp.where(behind < 0, key, length + node), seen)
         operands.store(config.splits + near, slab, operands.add(operands.empty(), queries, keys, values, seen))
 
@@ -188,7 +201,7 @@ def _common_blocks(operands: _Operands, work: Int32[Array, ""], length: Int32[Ar
         for i in range(config.slabs):
             pair = (tile * config.slabs + i) * SLAB + jnp.arange(SLAB)
             row, mask = pair // operands.group, pair < operands.rows * operands.group
-            first = _first_near(length + plgpu.load(depth_ref.at[row], mask=mask, other=0))
+            first = _first_near(length + plgpu.load(depth_ref.at[operands.among_all(row)], mask=mask, other=0))
             slabs.append(_Slab(row, pair % operands.group, mask))
             firsts.append(first)
             last = jnp.maximum(last, jnp.max(first))
@@ -217,8 +230,9 @@ def _common_blocks(operands: _Operands, work: Int32[Array, ""], length: Int32[Ar
 
 def _combine_body(total_ref, largest_ref, sum_ref, length_ref, depth_ref, out_ref, *, splits: int, heads: int):
     q_rows, head_dim = out_ref.shape
-    q_row = pl.program_id(0)
-    position = length_ref[0] + plgpu.load(depth_ref.at[q_row // heads])
+    q_row, sequences = pl.program_id(0), length_ref.shape[0]
+    sequence = q_row // (q_rows // sequences) if sequences > 1 else 0
+    position = length_ref[sequence] + plgpu.load(depth_ref.at[q_row // heads])
     first = _first_near(position)
     split = jnp.arange(launch.power_of_two(splits + NEAR))
     near = split - splits
@@ -235,25 +249,25 @@ def _combine_body(total_ref, largest_ref, sum_ref, length_ref, depth_ref, out_re
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
-def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-              length: Int32[Array, ""], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *, scale: float,
-              config: Config, interpret: bool) -> Float[Array, "T Hq d"]:
-    """See `api.ordered_attention`."""
+def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
+              lengths: Int32[Array, "N"], slots: Int32[Array, "N"] | None, depth: Int32[Array, "T"],
+              paths: Int32[Array, "T D"], *, scale: float, config: Config, interpret: bool) -> Float[Array, "T Hq d"]:
+    """See `api.ordered_attention`; no slots are one sequence in the only one."""
     rows, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[1]
-    group = heads // kv_heads
+    kv_heads, sequences = k_cache.shape[2], len(lengths)
+    group, each = heads // kv_heads, rows // sequences
     flat = jax.ShapeDtypeStruct((rows * heads, head_dim), q.dtype)
     parts = (config.splits + NEAR) * rows * heads
-    length = length.reshape(1)
-    tiles = pl.cdiv(rows * group, config.slabs * SLAB)
+    tiles = pl.cdiv(each * group, config.slabs * SLAB)
+    named = () if slots is None else (slots,)
     out = launch.call(
-        functools.partial(_body, config=config, rows=rows, scale=scale),
-        (q.reshape(flat.shape), k_cache, v_cache, length, depth, paths),
-        grid=(rows * pl.cdiv(group, SLAB) + tiles * (config.splits + 1), kv_heads), num_warps=config.num_warps,
+        functools.partial(_body, config=config, rows=each, scale=scale),
+        (q.reshape(flat.shape), k_cache, v_cache, lengths, depth, paths, *named),
+        grid=(each * pl.cdiv(group, SLAB) + tiles * (config.splits + 1), kv_heads, sequences), num_warps=config.num_warps,
         num_stages=config.num_stages, interpret=interpret, name="ordered_attention",
         out_shape=(jax.ShapeDtypeStruct((parts, head_dim), jnp.float32), jax.ShapeDtypeStruct((parts,), jnp.float32),
                    jax.ShapeDtypeStruct((parts,), jnp.float32)))
     [out] = launch.call(
-        functools.partial(_combine_body, splits=config.splits, heads=heads), (*out, length, depth), out_shape=(flat,),
+        functools.partial(_combine_body, splits=config.splits, heads=heads), (*out, lengths, depth), out_shape=(flat,),
         grid=(rows * heads,), num_warps=1, num_stages=1, interpret=interpret, name="ordered_attention_combine")
     return out.reshape(q.shape)

@@ -1,5 +1,7 @@
 """Attention over the live part of a cache in plain jnp, block by block, so that its cost follows the live length."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -11,12 +13,12 @@ BLOCK = 128
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 
 
-def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-              length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, *, tail: int, scale: float
-              ) -> Float[Array, "T Hq d"]:
-    """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None."""
+def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
+              slot: Int32[Array, ""] | int, length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, *, tail: int,
+              scale: float) -> Float[Array, "T Hq d"]:
+    """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None: of one sequence, in one slot."""
     rows, heads, head_dim = q.shape
-    max_len, kv_heads, _ = k_cache.shape
+    _, max_len, kv_heads, _ = k_cache.shape
     block = min(BLOCK, max_len)
     queries = (q.astype(jnp.float32) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
     mask = jnp.tri(rows, dtype=bool) if mask_words is None else masks.unpack(mask_words, tail)
@@ -30,8 +32,8 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cac
         start = jnp.minimum(index * block, max_len - block)
         key = start + jnp.arange(block)
         live = (key >= index * block) & (key < length + tail)
-        keys = jax.lax.dynamic_slice_in_dim(k_cache, start, block).astype(jnp.float32)
-        values = jax.lax.dynamic_slice_in_dim(v_cache, start, block).astype(jnp.float32)
+        keys, values = (jax.lax.dynamic_slice(cache, (slot, start, 0, 0), (1, block, kv_heads, head_dim))[0]
+                        .astype(jnp.float32) for cache in (k_cache, v_cache))
         values = jnp.where(live[:, None, None], values, 0)  # dead rows may hold NaN
         return _add_block(carry, queries, keys, values, (visible(key) & live)[:, None, None, :])
 
@@ -40,14 +42,14 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cac
     return (total / jnp.where(weight_sum == 0, 1, weight_sum)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"],
-                      length: Int32[Array, ""], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *, scale: float
-                      ) -> Float[Array, "T Hq d"]:
-    """See `api.ordered_attention`: each row for itself, over its keys in the order of their positions.
+def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
+                      slot: Int32[Array, ""] | int, length: Int32[Array, ""], depth: Int32[Array, "T"],
+                      paths: Int32[Array, "T D"], *, scale: float) -> Float[Array, "T Hq d"]:
+    """See `api.ordered_attention`: each row of one sequence for itself, over its keys in the order of their positions.
 
     However many rows there are, the products of one are of the same sizes and so of the same bits.
     """
-    max_len, kv_heads, head_dim = k_cache.shape
+    _, max_len, kv_heads, head_dim = k_cache.shape
     block = min(BLOCK, max_len)
 
     def one(row: tuple[Array, Array, Array]) -> Float[Array, "Hq d"]:
@@ -60,7 +62,7 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
             own = length + path[jnp.clip(position - length, 0, len(path) - 1)]
             place = jnp.minimum(jnp.where(position < length, position, own), max_len - 1)
             seen = position <= position_of_query
-            keys, values = (jnp.where(seen[:, None, None], cache[place], 0).astype(jnp.float32)
+            keys, values = (jnp.where(seen[:, None, None], cache[slot, place], 0).astype(jnp.float32)
                             for cache in (k_cache, v_cache))
             return _add_block(carry, queries, keys, values, seen)
 
@@ -68,6 +70,20 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "L Hkv d"
         return (total / weight_sum[..., None]).reshape(query.shape)
 
     return jax.lax.map(one, (q, depth, paths)).astype(q.dtype)
+
+
+def each_sequence(attend: Callable[..., Float[Array, "T Hq d"]], q: Float[Array, "M Hq d"],
+                  lengths: Int32[Array, "N"], slots: Int32[Array, "N"] | None, *of_rows: Array | None
+                  ) -> Float[Array, "M Hq d"]:
+    """A function of a sequence's slot, length, queries and what else there is of each of its rows, on one sequence after
+    another: each gets the bits that it would have alone."""
+    if slots is None:
+        return attend(0, lengths[0], q, *of_rows)
+
+    def split(rows: Array | None) -> Array | None:
+        return None if rows is None else rows.reshape(len(lengths), -1, *rows.shape[1:])
+
+    return jax.lax.map(lambda sequence: attend(*sequence), (slots, lengths, *map(split, (q, *of_rows)))).reshape(q.shape)
 
 
 def _nothing_seen(queries: Float[Array, "*T Hkv G d"]) -> tuple[Array, Array, Array]:

@@ -6,14 +6,17 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import launch
 from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.rope import kernel, reference
+from pallas_kernels.sequences import as_slots
 
 
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
-                k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
-                heads: int, kv_heads: int, head_dim: int, row_scale: RowScale | None = None,
-                config: kernel.Config | None = None, implementation: str | None = None
-                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
+                k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"], length: Int32[Array, "*N"], *,
+                heads: int, kv_heads: int, head_dim: int, slots: Int32[Array, "*N"] | None = None,
+                row_scale: RowScale | None = None, config: kernel.Config | None = None, implementation: str | None = None
+                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "*B L Hkv d"], Float[Array, "*B L Hkv d"]]:
     """Adds up the partial sums of q|k|v, rotates q and k, and writes k and v at cache rows [length, length + M).
+
+    With `slots` the rows are those of N sequences, M / N of each, one sequence behind the other.
 
     Rotary embedding (arXiv:2104.09864) in GPT-NeoX's half-split layout: (a, b) = (x[j], x[j + d/2]) becomes
     (a cos - b sin, a sin + b cos). On a GPU the caches are updated in place when their buffers may be given up.
@@ -21,8 +24,9 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
     Args:
       qkv: f32 or f16 [S, M, (heads + 2 kv_heads) * head_dim]; columns hold q, then k, then v, head by head.
       cos, sin: f32[M, head_dim / 2] at the rows' positions.
-      k_cache, v_cache: [L, kv_heads, head_dim], both of one dtype.
-      length: i32 scalar; length + M must not exceed L (a traced value cannot be checked).
+      k_cache, v_cache: [L, kv_heads, head_dim], both of one dtype; with slots [B, L, kv_heads, head_dim].
+      length: i32 scalar, or i32[N] of N sequences; length + M / N must not exceed L (a traced value cannot be checked).
+      slots: i32 scalar or i32[N], where in the caches each sequence stands; no two in one.
       row_scale: a factor that qkv's rows are still owed.
       config: launch parameters; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
@@ -38,21 +42,26 @@ def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Floa
     """
     _check(qkv, cos, sin, heads, kv_heads, head_dim)
     rows = qkv.shape[1]
-    if k_cache.ndim != 3 or k_cache.shape[1:] != (kv_heads, head_dim) or k_cache.shape[0] < rows:
-        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; expected [at least {rows}, {kv_heads}, {head_dim}]")
+    sequences = 1 if jnp.ndim(length) == 0 else len(length)
+    if k_cache.ndim not in (3, 4) or k_cache.shape[-2:] != (kv_heads, head_dim) or k_cache.shape[-3] < rows // sequences:
+        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; expected [at least {rows // sequences}, {kv_heads}, "
+                         f"{head_dim}]")
     if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
         raise ValueError(f"v_cache is {v_cache.dtype}{list(v_cache.shape)}; expected k_cache's "
                          f"{k_cache.dtype}{list(k_cache.shape)}")
-    length = jnp.asarray(length, jnp.int32)
+    *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
     chosen = launch.choose(implementation)
     if chosen == "reference":
-        return reference.rope_append(qkv, cos, sin, k_cache, v_cache, length, heads=heads, kv_heads=kv_heads,
-                                     head_dim=head_dim, row_scale=row_scale)
-    if config is None:
-        fields = launch.tuned("rope", tuning_key(rows, heads, kv_heads, head_dim))
-        config = kernel.Config(**fields) if fields else kernel.heuristic(rows)
-    return kernel.rope_append(qkv, cos, sin, k_cache, v_cache, length, row_scale, heads=heads, kv_heads=kv_heads,
-                              head_dim=head_dim, config=config, interpret=chosen == "interpret")
+        q, *caches = reference.rope_append(qkv, cos, sin, *caches, lengths, slots, heads=heads, kv_heads=kv_heads,
+                                           head_dim=head_dim, row_scale=row_scale)
+    else:
+        if config is None:
+            fields = launch.tuned("rope", tuning_key(rows, heads, kv_heads, head_dim))
+            config = kernel.Config(**fields) if fields else kernel.heuristic(rows)
+        q, *caches = kernel.rope_append(qkv, cos, sin, *caches, lengths, slots, row_scale, heads=heads, kv_heads=kv_heads,
+                                        head_dim=head_dim, config=config, interpret=chosen == "interpret")
+    k_cache, v_cache = (cache.reshape(k_cache.shape) for cache in caches)
+    return q, k_cache, v_cache
 
 
 def rotated(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"], *, heads: int, kv_heads: int,

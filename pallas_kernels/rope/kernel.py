@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import launch
 from pallas_kernels.finite import fits, narrowed
 from pallas_kernels.norm.row_scale import RowScale, inverse_rms
+from pallas_kernels.sequences import places
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ def heuristic(rows: int) -> Config:
 
 
 def _body(qkv_ref, cos_ref, sin_ref, length_ref, _k_in, _v_in, *refs, config: Config, splits: int, heads: int,
-          kv_heads: int, head_dim: int, inverse_rms: Callable[[Array], Array] | None):
-    squares_ref = refs[0] if inverse_rms is not None else None
+          kv_heads: int, head_dim: int, inverse_rms: Callable[[Array], Array] | None, is_slotted: bool):
+    slots_ref = refs[0] if is_slotted else None
+    squares_ref = refs[-4] if inverse_rms is not None else None
     q_ref, k_ref, v_ref = refs[-3:]  # the caches' memory is that of `_k_in` and `_v_in`
     rows = q_ref.shape[0]
     head = pl.program_id(1)
@@ -51,7 +53,8 @@ def _body(qkv_ref, cos_ref, sin_ref, length_ref, _k_in, _v_in, *refs, config: Co
         return [plgpu.load(qkv_ref.at[split * rows + row, column], mask=mask, other=0) for split in range(splits)]
 
     # The compiler keeps loads in order and waits before an addition: all are asked for first.
-    length = length_ref[0]
+    of, within = places(row, rows, length_ref.shape[0], mask=row < rows)
+    length, slot = of(length_ref), 0 if slots_ref is None else of(slots_ref)
     cos = plgpu.load(cos_ref.at[row, lane], mask=mask, other=0)
     sin = plgpu.load(sin_ref.at[row, lane], mask=mask, other=0)
     values = kv_heads * head_dim
@@ -68,40 +71,43 @@ def _body(qkv_ref, cos_ref, sin_ref, length_ref, _k_in, _v_in, *refs, config: Co
     a, b, low_value, high_value = sums
     low, high = (narrowed(part, q_ref.dtype) for part in (a * cos - b * sin, a * sin + b * cos))
 
-    def write(ref, target_row: Array, target_head: Array, low: Array, high: Array, mask: Array) -> None:
-        plgpu.store(ref.at[target_row, target_head, lane], low, mask=mask)
-        plgpu.store(ref.at[target_row, target_head, lane + half], high, mask=mask)
+    def write(ref, *target: Array | int, low: Array, high: Array, mask: Array) -> None:
+        plgpu.store(ref.at[*target, lane], low, mask=mask)
+        plgpu.store(ref.at[*target, lane + half], high, mask=mask)
 
-    target = length + row
-    in_cache = mask & (target < k_ref.shape[0])  # a row past the end must not touch foreign memory
+    target = length + within
+    in_cache = mask & (target < k_ref.shape[1])  # a row past the end must not touch foreign memory
 
     @pl.when(~is_key)
     def _():
-        write(q_ref, row, head, low, high, mask)
+        write(q_ref, row, head, low=low, high=high, mask=mask)
 
     @pl.when(is_key)
     def _():
         sound = fits(low_value, v_ref.dtype) & fits(high_value, v_ref.dtype)
-        write(k_ref, target, head - heads, *(jnp.where(sound, part, jnp.nan) for part in (low, high)), in_cache)
-        write(v_ref, target, head - heads, *(jnp.where(fits(part, v_ref.dtype), part, 0).astype(v_ref.dtype)
-                                             for part in (low_value, high_value)), in_cache)
+        keys = (jnp.where(sound, part, jnp.nan) for part in (low, high))
+        values = (jnp.where(fits(part, v_ref.dtype), part, 0).astype(v_ref.dtype) for part in (low_value, high_value))
+        for ref, (low_part, high_part) in ((k_ref, keys), (v_ref, values)):
+            write(ref, slot, target, head - heads, low=low_part, high=high_part, mask=in_cache)
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "kv_heads", "head_dim", "config", "interpret"))
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
-                k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""],
-                row_scale: RowScale | None, *, heads: int, kv_heads: int, head_dim: int, config: Config, interpret: bool
-                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
-    """See `api.rope_append`."""
+                k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"], lengths: Int32[Array, "N"],
+                slots: Int32[Array, "N"] | None, row_scale: RowScale | None, *, heads: int, kv_heads: int, head_dim: int,
+                config: Config, interpret: bool
+                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "B L Hkv d"], Float[Array, "B L Hkv d"]]:
+    """See `api.rope_append`; no slots are one sequence in the only one."""
     splits, rows, features = qkv.shape
     squares, factor = (), None
     if row_scale is not None:
         squares = (row_scale.squares,)
         factor = functools.partial(inverse_rms, columns=row_scale.columns, eps=row_scale.eps)
     body = functools.partial(_body, config=config, splits=splits, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-                             inverse_rms=factor)
+                             inverse_rms=factor, is_slotted=slots is not None)
+    named = () if slots is None else (slots,)
     return tuple(launch.call(
-        body, (qkv.reshape(splits * rows, features), cos, sin, length.reshape(1), k_cache, v_cache, *squares),
+        body, (qkv.reshape(splits * rows, features), cos, sin, lengths, k_cache, v_cache, *named, *squares),
         aliases={4: 1, 5: 2},
         grid=(pl.cdiv(rows, config.rows), heads + kv_heads), num_warps=config.num_warps, num_stages=1,
         interpret=interpret, name="rope_append",

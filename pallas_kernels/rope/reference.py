@@ -33,14 +33,22 @@ def rotated(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Ar
 
 
 def rope_append(qkv: Float[Array, "S M F"], cos: Float[Array, "M d2"], sin: Float[Array, "M d2"],
-                k_cache: Float[Array, "L Hkv d"], v_cache: Float[Array, "L Hkv d"], length: Int32[Array, ""], *,
-                heads: int, kv_heads: int, head_dim: int, row_scale: RowScale | None = None
-                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "L Hkv d"], Float[Array, "L Hkv d"]]:
-    """See `api.rope_append`."""
-    q, k, v = rotated(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=k_cache.dtype,
-                      row_scale=row_scale)
-    start = (length, 0, 0)
-    return q, jax.lax.dynamic_update_slice(k_cache, k, start), jax.lax.dynamic_update_slice(v_cache, v, start)
+                k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"], lengths: Int32[Array, "N"],
+                slots: Int32[Array, "N"] | None, *, heads: int, kv_heads: int, head_dim: int,
+                row_scale: RowScale | None = None
+                ) -> tuple[Float[Array, "M Hq d"], Float[Array, "B L Hkv d"], Float[Array, "B L Hkv d"]]:
+    """See `api.rope_append`; no slots are one sequence in the only one."""
+    q, *parts = rotated(qkv, cos, sin, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=k_cache.dtype,
+                        row_scale=row_scale)
+    sequences = len(lengths)
+    if sequences == 1:
+        start = (0 if slots is None else slots[0], lengths[0], 0, 0)
+        return q, *(jax.lax.dynamic_update_slice(cache, part[None], start)
+                    for cache, part in zip((k_cache, v_cache), parts, strict=True))
+    assert slots is not None  # of several sequences
+    target = lengths[:, None] + jnp.arange(len(cos) // sequences)
+    return q, *(cache.at[slots[:, None], target].set(part.reshape(*target.shape, kv_heads, head_dim), mode="drop")
+                for cache, part in zip((k_cache, v_cache), parts, strict=True))
 
 
 def _pairwise(sound: Bool[Array, "M H d"]) -> Bool[Array, "M H d"]:

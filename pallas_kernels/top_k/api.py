@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
+from pallas_kernels.sequences import by_rows
 from pallas_kernels.top_k import kernel, reference, small
 
 
@@ -29,18 +30,21 @@ def log_softmax_top_k(logits: Float[Array, "M V"], k: int, *, config: kernel.Con
     """
     if logits.ndim != 2 or 0 in logits.shape or logits.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
         raise ValueError(f"logits are {logits.dtype}{list(logits.shape)}; expected float32, float16 or bfloat16[M, V]")
-    rows, columns = logits.shape
+    columns = logits.shape[1]
     if not 1 <= k <= columns:
         raise ValueError(f"k is {k}; expected 1 to {columns}")
     chosen = launch.choose(implementation)
     if chosen == "reference" or k > kernel.MOST:
         return reference.log_softmax_top_k(logits, k)
-    if config is None:
-        fields = launch.tuned("top_k", tuning_key(rows, columns, k))
-        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, columns, k)
-    if config.block < k:
+    if config and config.block < k:
         raise ValueError(f"block is {config.block}; expected at least k, {k}")
-    return kernel.log_softmax_top_k(logits, k, config=config, interpret=chosen == "interpret")
+
+    def ranked(logits: Float[Array, "M V"]) -> tuple[Float[Array, "M k"], Int32[Array, "M k"]]:
+        fields = None if config else launch.tuned("top_k", tuning_key(len(logits), columns, k))
+        cut = config or (kernel.Config(**fields) if fields else kernel.heuristic(len(logits), columns, k))
+        return kernel.log_softmax_top_k(logits, k, config=cut, interpret=chosen == "interpret")
+
+    return by_rows(ranked)(logits)
 
 
 def tuning_key(rows: int, columns: int, k: int) -> str:
