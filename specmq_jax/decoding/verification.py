@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.decoding.tree import Accepted, DraftTree
+from specmq_jax.network import side_by_side
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.llama import Llama
 
@@ -22,8 +23,8 @@ def verify(module: Llama, params: Any, cache: KVCache, tree: DraftTree, choose: 
       tree: the draft.
       choose: logits f32[T, V] of the nodes to the token drawn after each.
     """
-    hidden, features, cache = module.apply(params, tree.tokens, cache, tree.depth, tree.mask)
-    logits = module.apply(params, hidden, method="logits")
+    hidden, features, cache = side_by_side.apply(module, params, tree.tokens, cache, tree.depth, tree.mask)
+    logits = side_by_side.apply(module, params, hidden, method="logits")
     chosen = choose(logits)
     accepted = tree.accept(chosen)
     cache = cache.keep(accepted.path, accepted.count, in_place=tree.is_chain)

@@ -1,4 +1,8 @@
-"""Key-value cache of one sequence."""
+"""Key-value cache of one sequence, or of many in slots.
+
+What is written for one sequence becomes what is done for many by `jax.vmap`: the rows of all slots are one array, which is not
+mapped, and a sequence is a slot of it and a length, which are.
+"""
 
 from typing import Any, Protocol, Self
 
@@ -44,51 +48,67 @@ class Cache(Protocol):
 
 
 class StoredLayer(flax.struct.PyTreeNode):
-    """One layer's rows of one sequence.
+    """One layer's rows of one sequence, or of every slot.
 
     Attributes:
-      keys, values: float[max_len, kv_heads, head_dim]; keys are behind the rotary embedding.
+      keys, values: float[max_len, kv_heads, head_dim], or [slots, max_len, kv_heads, head_dim]; keys are behind the rotary
+        embedding.
     """
 
-    keys: Float[Array, "L H D"]
-    values: Float[Array, "L H D"]
+    keys: Float[Array, "*B L H D"]
+    values: Float[Array, "*B L H D"]
 
     def append(self, qkv: Float[Array, "S M F"], rows: Rows, config: LlamaConfig, row_scale: RowScale | None, *,
                implementation: str | None = None) -> tuple[Float[Array, "M Hq D"], Self]:
         assert rows.start is not None  # of rows behind stored ones
         query, keys, values = rope_kernels.rope_append(
-            qkv, rows.cos, rows.sin, self.keys, self.values, rows.start, heads=config.num_heads,
+            qkv, rows.cos, rows.sin, self.keys, self.values, rows.start, slots=rows.slots, heads=config.num_heads,
             kv_heads=config.num_kv_heads, head_dim=config.head_dim, row_scale=row_scale, implementation=implementation)
         return query, self.replace(keys=keys, values=values)
 
     def attend(self, query: Float[Array, "M Hq D"], rows: Rows, *, implementation: str | None = None
                ) -> Float[Array, "M Hq D"]:
         assert rows.committed is not None
-        stored = query, self.keys, self.values, rows.committed
+        stored, slots = (query, self.keys, self.values, rows.committed), rows.slots
         if rows.paths is not None and rows.depth is not None:
-            return attention_kernels.ordered_attention(*stored, rows.depth, rows.paths, implementation=implementation)
+            return attention_kernels.ordered_attention(*stored, rows.depth, rows.paths, slots=slots,
+                                                       implementation=implementation)
         if rows.mask_words is None:
-            return attention_kernels.causal_attention(*stored, implementation=implementation)
-        return attention_kernels.tree_attention(*stored, rows.mask_words, tail=rows.tail, implementation=implementation)
+            return attention_kernels.causal_attention(*stored, slots=slots, implementation=implementation)
+        return attention_kernels.tree_attention(*stored, rows.mask_words, tail=rows.tail, slots=slots,
+                                                implementation=implementation)
 
-    def keep(self, path: Int32[Array, "P"], length: Int32[Array, ""]) -> Self:
+    def keep(self, path: Int32[Array, "P"], length: Int32[Array, ""], slot: Int32[Array, ""] | None) -> Self:
         """Row length + path[j] becomes row length + j."""
-        return jax.tree.map(lambda rows: jax.lax.dynamic_update_slice_in_dim(rows, rows[length + path], length, 0), self)
+        def kept(rows: Array) -> Array:
+            if slot is None:
+                return jax.lax.dynamic_update_slice_in_dim(rows, rows[length + path], length, 0)
+            return jax.lax.dynamic_update_slice(rows, rows[slot, length + path][None], (slot, length, 0, 0))
+
+        return jax.tree.map(kept, self)
+
+    def keep_all(self, paths: Int32[Array, "N P"], lengths: Int32[Array, "N"], slots: Int32[Array, "N"]) -> Self:
+        """`keep` of N slots, no two of them one."""
+        to = lengths[:, None] + jnp.arange(paths.shape[1])
+        places = slots[:, None], lengths[:, None] + paths
+        return jax.tree.map(lambda rows: rows.at[slots[:, None], to].set(rows[places], mode="drop", unique_indices=True), self)
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """The cache of every layer.
+    """The cache of every layer, as one sequence sees it, or several.
 
     Attributes:
       layers: their caches.
-      length: i32 scalar, rows that hold committed tokens. Rows past it are scratch: a rejected row is not erased, the
-        next write covers it.
+      length: i32 scalar, rows that hold committed tokens; i32[N] of N sequences. Rows past it are scratch: a rejected row is
+        not erased, the next write covers it.
+      slot: i32 scalar or i32[N], where a sequence stands in layers of slots; None where they hold one sequence alone.
       limit: static, the tokens it is meant for, which some rotary embeddings depend on; it may have more rows.
     """
 
     layers: tuple[StoredLayer, ...]
-    length: Int32[Array, ""]
+    length: Int32[Array, "*N"]
     limit: int = flax.struct.field(pytree_node=False)
+    slot: Int32[Array, "*N"] | None = None
 
     def __repr__(self) -> str:
         rows = self.layers[0].keys.shape if self.layers and hasattr(self.layers[0].keys, "shape") else "?"
@@ -96,19 +116,26 @@ class KVCache(flax.struct.PyTreeNode):
                 f"limit={self.limit})")
 
     @classmethod
-    def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype, *, limit: int | None = None) -> Self:
-        """An empty cache of `max_len` rows a layer, meant for `limit` tokens (default: as many)."""
-        shape = (max_len, config.num_kv_heads, config.head_dim)
+    def create(cls, config: LlamaConfig, max_len: int, dtype: jnp.dtype, *, limit: int | None = None,
+               slots: int | None = None) -> Self:
+        """An empty cache of `max_len` rows a layer, meant for `limit` tokens (default: as many); with `slots` of so many
+        sequences."""
+        shape = (max_len, config.num_kv_heads, config.head_dim) if slots is None else (
+            slots, max_len, config.num_kv_heads, config.head_dim)
         layers = tuple(StoredLayer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
-        return cls(layers=layers, length=jnp.int32(0), limit=limit or max_len)
+        if slots is None:
+            return cls(layers=layers, length=jnp.int32(0), limit=limit or max_len)
+        return cls(layers=layers, length=jnp.zeros(slots, jnp.int32), limit=limit or max_len,
+                   slot=jnp.arange(slots, dtype=jnp.int32))
 
     @property
     def max_len(self) -> int:
-        return self.layers[0].keys.shape[0]
+        return self.layers[0].keys.shape[-3]
 
     def rows(self, config: LlamaConfig, count: int, offsets: Int32[Array, "M"] | None = None,
              mask: Bool[Array, "M C"] | None = None, *, skip: int = 0, reproducible: bool = False) -> Rows:
-        return Rows.behind(config, self.length, count, offsets, mask, limit=self.limit, skip=skip, reproducible=reproducible)
+        return Rows.behind(config, self.length, count, offsets, mask, limit=self.limit, slots=self.slot, skip=skip,
+                           reproducible=reproducible)
 
     def rewind(self, length: Int32[Array, ""] | int) -> Self:
         """The same rows with another committed length."""
@@ -124,5 +151,19 @@ class KVCache(flax.struct.PyTreeNode):
         Entries of `path` from `count` on may be anything inside the tree. `in_place` says that path[j] is j (a chain):
         then nothing moves.
         """
-        layers = self.layers if in_place else tuple(layer.keep(path, self.length) for layer in self.layers)
+        layers = self.layers if in_place else _kept(self.layers, path, self.length, self.slot)
         return self.replace(layers=layers, length=self.length + count)
+
+
+@jax.custom_batching.custom_vmap
+def _kept(layers: tuple[StoredLayer, ...], path: Int32[Array, "P"], length: Int32[Array, ""], slot: Int32[Array, ""] | None
+          ) -> tuple[StoredLayer, ...]:
+    return tuple(layer.keep(path, length, slot) for layer in layers)
+
+
+@_kept.def_vmap
+def _(sequences: int, batched: Any, layers: tuple[StoredLayer, ...], *places: Array) -> tuple[Any, Any]:
+    paths, lengths, slots = (place if is_batched else jnp.broadcast_to(place, (sequences, *place.shape))
+                             for place, is_batched in zip(places, batched[1:], strict=True))
+    kept = tuple(layer.keep_all(paths, lengths, slots) for layer in layers)
+    return kept, jax.tree.map(lambda _: False, kept)

@@ -3,6 +3,7 @@
 from typing import Self
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -18,11 +19,12 @@ class Rows(flax.struct.PyTreeNode):
 
     Attributes:
       cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
-      start: i32 scalar; row i is written to cache row start + i. Of slots, i32[B]: where each one's row is written.
-      committed: i32 scalar, cache rows that every row sees.
+      start: i32 scalar; row i is written to cache row start + i. Of several sequences i32[N], each with M / N of the rows.
+      committed: i32 scalar, or i32[N], cache rows that every row sees.
+      slots: i32 scalar or i32[N], where each sequence stands in caches of slots; None for the cache of one sequence.
       mask_words: i32[M, W], bit i of a row says that it sees cache row committed + i; None for causal rows.
       tail: static, how many rows behind the committed ones the mask speaks of.
-      depth, paths: i32[M] and i32[M, M], what `ordered_attention` reads instead of the mask; None for other rows.
+      depth, paths: i32[M] and i32[M, M / N], what `ordered_attention` reads instead of the mask; None for other rows.
       mask: bool[B or 1, S, T], which of T keys each of a sequence's S rows sees where the M = B * S rows are those of sequences
         side by side; None for rows behind one sequence's cache.
     """
@@ -30,37 +32,46 @@ class Rows(flax.struct.PyTreeNode):
     cos: Float[Array, "M D2"]
     sin: Float[Array, "M D2"]
     start: Int32[Array, "..."] | None = None
-    committed: Int32[Array, ""] | None = None
+    committed: Int32[Array, "*N"] | None = None
+    slots: Int32[Array, "*N"] | None = None
     mask_words: Int32[Array, "M W"] | None = None
     tail: int = flax.struct.field(pytree_node=False, default=0)
     depth: Int32[Array, "M"] | None = None
-    paths: Int32[Array, "M M"] | None = None
+    paths: Int32[Array, "M T"] | None = None
     mask: Bool[Array, "#B S T"] | None = None
 
     @classmethod
-    def behind(cls, config: LlamaConfig, length: Int32[Array, ""], count: int, offsets: Int32[Array, "M"] | None,
-               mask: Bool[Array, "M C"] | None, *, limit: int, skip: int = 0, reproducible: bool = False) -> Self:
-        """Rows that stand behind the committed rows of a cache.
+    def behind(cls, config: LlamaConfig, length: Int32[Array, "*N"], count: int, offsets: Int32[Array, "M"] | None,
+               mask: Bool[Array, "M C"] | None, *, limit: int, slots: Int32[Array, "*N"] | None = None, skip: int = 0,
+               reproducible: bool = False) -> Self:
+        """Rows that stand behind the committed rows of a cache: T of each of N sequences, one sequence behind the other.
 
         Args:
           config: for the rotary table.
-          length: committed rows; the first free row is the next one.
-          count: M.
-          offsets: of each row's position from that length; None for consecutive rows.
-          mask: which of the rows behind the committed ones each row sees; None for causal rows.
+          length: committed rows of each sequence; the first free row is the next one.
+          count: M = N * T.
+          offsets: of each row's position from its sequence's length; None for consecutive rows.
+          mask: which of the rows behind its sequence's committed ones each row sees; None for causal rows.
           limit: the tokens the cache is meant for, which some rotary embeddings depend on.
+          slots: as in the attributes.
           skip: rows behind the committed ones that hold earlier levels of a tree and stay.
-          reproducible: the rows are a whole tree, to be attended to in bits that each row's own path alone decides.
+          reproducible: a sequence's rows are a whole tree, to be attended to in bits that each row's own path alone decides.
         """
-        offsets = jnp.arange(count, dtype=jnp.int32) if offsets is None else offsets
-        cos, sin = _rotation(config, length + offsets, limit)
-        if mask is None and count <= MOST_DECODE_ROWS:
-            mask = jnp.tri(count, dtype=bool)
-        rows = cls(cos=cos, sin=sin, start=length + skip, committed=length)
+        sequences = 1 if jnp.ndim(length) == 0 else len(length)
+        each = count // sequences
+        if offsets is None:
+            offsets = jnp.tile(jnp.arange(each, dtype=jnp.int32), sequences)
+        cos, sin = _rotation(config, (length if sequences == 1 else jnp.repeat(length, each)) + offsets, limit)
+        if mask is None and each <= MOST_DECODE_ROWS:
+            mask = jnp.tile(jnp.tri(each, dtype=bool), (sequences, 1))
+        rows = cls(cos=cos, sin=sin, start=length + skip, committed=length, slots=slots)
         if mask is None:
             return rows
         if reproducible:
-            return rows.replace(depth=offsets, paths=attention_kernels.tree_paths(mask, offsets))
+            trees = mask.reshape(sequences, each, each), offsets.reshape(sequences, each)
+            paths = jax.vmap(attention_kernels.tree_paths)(*trees) if sequences > 1 else attention_kernels.tree_paths(
+                mask, offsets)
+            return rows.replace(depth=offsets, paths=paths.reshape(count, each))
         return rows.replace(mask_words=attention_kernels.pack_mask(mask), tail=mask.shape[1])
 
     @classmethod

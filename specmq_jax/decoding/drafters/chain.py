@@ -13,6 +13,7 @@ from specmq_jax.decoding.drafters.checks import check_lengths, check_model, desc
 from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.errors import UserError
 from specmq_jax.loading.model import Model, check_vocabulary
+from specmq_jax.network import side_by_side
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 
@@ -81,7 +82,7 @@ class ChainDrafter:
     def prefill(self, params: Any, state: ChainState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> ChainState:
         del next_tokens, features
-        _, _, cache = self.model.module.apply(params, tokens, state.cache)
+        _, _, cache = side_by_side.apply(self.model.module, params, tokens, state.cache)
         return ChainState(cache=cache.advance(count), previous=tokens[count - 1])
 
     def propose(self, params: Any, state: ChainState, root: Int32[Array, ""]) -> tuple[DraftTree, ChainState]:
@@ -107,6 +108,6 @@ class ChainDrafter:
 
     def _step(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"]) -> tuple[Int32[Array, ""], KVCache]:
         """The greedy token behind `tokens`, which stand behind the cache's committed rows."""
-        hidden, _, cache = self.model.module.apply(params, tokens, cache)
-        logits = self.model.module.apply(params, hidden[-1:], method="logits")
+        hidden, _, cache = side_by_side.apply(self.model.module, params, tokens, cache)
+        logits = side_by_side.apply(self.model.module, params, hidden[-1:], method="logits")
         return jnp.argmax(logits[0]).astype(jnp.int32), cache

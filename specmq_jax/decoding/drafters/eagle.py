@@ -16,6 +16,7 @@ from specmq_jax.decoding.drafters.checks import check_depth
 from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.errors import UserError
 from specmq_jax.loading.head import Head
+from specmq_jax.network import side_by_side
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 
@@ -156,18 +157,19 @@ class EagleDrafter:
     def _commit(self, params: Any, state: EagleState, tokens: Int32[Array, "M"], states: Float[Array, "M F"],
                 count: Int32[Array, ""]) -> EagleState:
         """Runs the rows of `count` committed tokens with the target's states; the rest of M is padding."""
-        features, cache = self.head.module.apply(params["head"], tokens, states, state.cache, None, None, own=False)
+        features, cache = side_by_side.apply(self.head.module, params["head"], tokens, states, state.cache, None, None,
+                                             own=False)
         return EagleState(cache=cache.advance(count), feature=features[count - 1])
 
     def _expand(self, params: Any, cache: KVCache, tokens: Int32[Array, "K"], features: Float[Array, "K D"],
                 seen: Bool[Array, "K C"], level: int) -> tuple[Float[Array, "K D"], KVCache]:
         """One level: k rows at one position, each seeing its ancestors' rows and itself behind the committed ones."""
         offsets = jnp.full(self.tree.top_k, level - 1, jnp.int32)
-        return self.head.module.apply(params["head"], tokens, features, cache, offsets, seen, own=True,
-                                      skip=(level - 1) * self.tree.top_k)
+        return side_by_side.apply(self.head.module, params["head"], tokens, features, cache, offsets, seen, own=True,
+                                  skip=(level - 1) * self.tree.top_k)
 
     def _best(self, params: Any, features: Float[Array, "M D"]) -> tuple[Float[Array, "M K"], Int32[Array, "M K"]]:
         """Log-probabilities and target ids of each row's top_k tokens."""
-        logits = self.head.module.apply(params["head"], features, method="logits")
+        logits = side_by_side.apply(self.head.module, params["head"], features, method="logits")
         scores, ids = top_k_kernels.log_softmax_top_k(logits, self.tree.top_k)
         return scores, ids if params["ids"] is None else params["ids"][ids]

@@ -18,6 +18,7 @@ from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.decoding.verification import verify
 from specmq_jax.errors import UserError
 from specmq_jax.loading.model import Model, check_vocabulary
+from specmq_jax.network import side_by_side
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 
@@ -115,7 +116,7 @@ class HierarchicalDrafter:
     def prefill(self, params: Any, state: HierarchicalState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> HierarchicalState:
         del features
-        _, features, cache = self._module.apply(params["model"], tokens, state.cache)
+        _, features, cache = side_by_side.apply(self._module, params["model"], tokens, state.cache)
         inner = self.inner.prefill(params["inner"], state.inner, tokens, next_tokens, features, count)
         cache = cache.advance(count)
         return state.replace(cache=cache, inner=inner, position=cache.length)
@@ -138,7 +139,7 @@ class HierarchicalDrafter:
                                                     (state.drafted, jnp.int32(0)))
             return tokens, state.replace(drafted=state.drafted + accepted.count, features=features)
 
-        tokens, state = jax.lax.while_loop(unfinished, inner_round, (tokens, state))
+        tokens, state = side_by_side.repeat_until_done(unfinished, inner_round, (tokens, state))
         tokens = jnp.where(jnp.arange(self.tree_size) <= state.drafted, tokens, -1)
         return DraftTree.chain(tokens), state
 
@@ -147,8 +148,9 @@ class HierarchicalDrafter:
         `draft_model_start`, the small model goes one token ahead: it has to take in the last draft anyway."""
         length = state.position + accepted.count
         ahead = (accepted.count > state.drafted) | self.draft_model_start
-        token, features, cache = jax.lax.cond(
-            ahead, self._go_ahead, lambda *_: (jnp.int32(0), state.features, state.cache), params["model"], state, accepted)
+        token, features, cache = side_by_side.do_where(
+            ahead, lambda *parts: self._go_ahead(params["model"], *parts), (jnp.int32(0), state.features, state.cache),
+            state.position + accepted.count - ahead, accepted)
         tokens = jnp.append(accepted.tokens, 0).at[accepted.count].set(token)
         taken = accepted.count + ahead
         inner = self.inner.advance(
@@ -176,13 +178,20 @@ class HierarchicalDrafter:
             cache=cache, inner=inner, rounds=state.rounds + 1,
             accept_lengths=state.accept_lengths.at[state.rounds].set(accepted.count))
 
-    def _go_ahead(self, params: Any, state: HierarchicalState, accepted: Accepted
-                  ) -> tuple[Int32[Array, ""], Float[Array, "N F"], KVCache]:
-        """The small model on the two newest committed tokens: the token behind them, their features, the cache."""
-        before = state.position + accepted.count - 1
+    def _go_ahead(self, params: Any, parts: tuple[Array, Float[Array, "N F"], KVCache], before: Int32[Array, ""],
+                  accepted: Accepted) -> tuple[Int32[Array, ""], Float[Array, "N F"], KVCache]:
+        """The small model on the two newest committed tokens: the token behind them, their features, the cache.
+
+        Args:
+          params: the small model's.
+          parts: what of the state it changes, the token first.
+          before: row of the cache that the first of the two goes to.
+          accepted: of the target.
+        """
+        _, all_features, cache = parts
         newest = jnp.stack([accepted.nodes[accepted.count - 1], accepted.tokens[accepted.count - 1]])
-        hidden, features, cache = self._module.apply(params, newest, state.cache.rewind(before))
-        logits = self._module.apply(params, hidden[-1:], method="logits")
-        features = jax.lax.dynamic_update_slice(state.features, features.astype(jnp.float32),
+        hidden, features, cache = side_by_side.apply(self._module, params, newest, cache.rewind(before))
+        logits = side_by_side.apply(self._module, params, hidden[-1:], method="logits")
+        features = jax.lax.dynamic_update_slice(all_features, features.astype(jnp.float32),
                                                 (accepted.count - 1, jnp.int32(0)))
         return jnp.argmax(logits[0]).astype(jnp.int32), features, cache
