@@ -18,9 +18,9 @@ from experiments.running import flags
 from experiments.serving import assistant
 from experiments.serving.answer_text import AnswerText
 from experiments.serving.assistant import Assistant
-from experiments.serving.request_sampling import RequestKey, RequestSampling
 from experiments.timing import device
 from specmq_jax.commands import entry
+from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
 from specmq_jax.errors import UserError
 
 _NEEDED = ("pydantic", "starlette", "uvicorn")
@@ -29,12 +29,12 @@ _NEEDED = ("pydantic", "starlette", "uvicorn")
 class ServedModel:
     """The model as `served_answer.Answerer` describes it."""
 
-    def __init__(self, loaded: Assistant, *, temperature: float, top_p: float) -> None:
+    def __init__(self, loaded: Assistant, *, temperature: float, top_p: float, top_k: int) -> None:
         """The assistant's sampling must be a `RequestSampling`."""
         (method,) = loaded.settings.methods
         self._assistant, self._decoder = loaded, loaded.decoder(method)
         self.name, self.fingerprint = loaded.name, f"specmq-jax-{loaded.bench.precision}-{method}"
-        self.max_length, self.temperature, self.top_p = loaded.max_length, temperature, top_p
+        self.max_length, self.temperature, self.top_p, self.top_k = loaded.max_length, temperature, top_p, top_k
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return self._assistant.encode(messages)
@@ -49,7 +49,7 @@ class ServedModel:
         """Compiles what requests will need."""
         # a key of its own for each, as it is consumed
         self._assistant.compile(self._decoder, lambda prompt, most: self.stream(
-            prompt, most, RequestKey.of(seed=0, temperature=0, top_p=1)))
+            prompt, most, RequestKey.of(seed=0)))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> None:
     given, console = absl_flags.FLAGS, Console(stderr=True)
     with listen(given.host, given.port) as listening:  # a port that is taken is found before anything is loaded
         settings = assistant.settings("serve")
-        loaded = Assistant.load(dataclasses.replace(settings, sampling=RequestSampling(top_k=given.top_k)), console)
-        model = ServedModel(loaded, temperature=given.temperature, top_p=given.top_p)
+        loaded = Assistant.load(dataclasses.replace(settings, sampling=RequestSampling()), console)
+        model = ServedModel(loaded, temperature=given.temperature, top_p=given.top_p, top_k=given.top_k)
         with console.status("compiling"):
             model.compile()
 

@@ -18,7 +18,7 @@ from experiments.serving import chat_protocol as protocol
 from experiments.serving.answer_text import AnswerText
 from experiments.serving.chat_protocol import ChatRequest, Json, RequestError
 from experiments.serving.model_queue import ModelQueue, QueueStoppedError
-from experiments.serving.request_sampling import RequestKey
+from specmq_jax.decoding.request_sampling import RequestKey
 from specmq_jax.errors import NotFiniteError, UserError
 from specmq_jax.words import count
 
@@ -33,7 +33,7 @@ class Answerer(Protocol):
     Attributes:
       name: as clients name it; fingerprint: of what answers, OpenAI's system_fingerprint.
       max_length: tokens of prompt and answer that the cache holds.
-      temperature, top_p: where a request doesn't say.
+      temperature, top_p: where a request doesn't say; top_k: of every request.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Answerer(Protocol):
     max_length: int
     temperature: float
     top_p: float
+    top_k: int
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a dialogue; a template that refuses it raises a `UserError`."""
@@ -161,7 +162,7 @@ class Events(StreamingResponse):
 def _key(model: Answerer, asked: ChatRequest) -> RequestKey:
     return RequestKey.of(seed=secrets.randbits(32) if asked.seed is None else asked.seed,
                          temperature=model.temperature if asked.temperature is None else asked.temperature,
-                         top_p=model.top_p if asked.top_p is None else asked.top_p)
+                         top_p=model.top_p if asked.top_p is None else asked.top_p, top_k=model.top_k)
 
 
 async def disconnected(receive: Receive) -> None:

@@ -1,9 +1,4 @@
-"""Prefill, one draft-verify-accept round, and the loops over it.
-
-One verifier serves every temperature. The target draws one token at every node of the draft tree, with noise keyed by the
-position alone, and the round walks to the children that carry those tokens. Drafts are always greedy, so the tree is a
-function of the past and the committed tokens are exactly those that plain decoding draws with the same seed.
-"""
+"""Decoding one sequence: its prompt, its rounds, and what comes of them."""
 
 import dataclasses
 import functools
@@ -11,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from specmq_jax import words
 from specmq_jax.decoding.compilation import compiler_options, enable_persistent_cache
@@ -23,55 +17,17 @@ from specmq_jax.decoding.config import DecodeConfig
 from specmq_jax.decoding.costs import parts, traffic
 from specmq_jax.decoding.costs.parts import PhaseTimes
 from specmq_jax.decoding.drafters import Drafter, NoDrafter
+from specmq_jax.decoding.rounds import DecodeState, Params, Rounds
 from specmq_jax.decoding.sampling import seed_key
 from specmq_jax.decoding.tree import Accepted, DraftTree
-from specmq_jax.decoding.verification import are_sound, verify
 from specmq_jax.errors import NotFiniteError, UserError
-from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.loading.memory import check_room, tree_bytes
 from specmq_jax.loading.model import Model, check_positions, check_tokens
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.llama import Llama
 
-Params = tuple[Any, Any]
-"""The target's parameters and the drafter's."""
 _SHORT_CALL = 0.025
 """Seconds of a stream's call: behind a shorter one the next has twice as many rounds."""
-
-
-class DecodeState(flax.struct.PyTreeNode):
-    """Everything one sequence carries from round to round.
-
-    Attributes:
-      tokens: i32[capacity], prompt and committed tokens; what stands behind `length` is scratch.
-      length: i32 scalar, committed tokens. The newest one, the root of the next draft, is not in the caches yet.
-      limit: i32 scalar, the length at which decoding ends.
-      done: bool scalar, a stop token, the limit or a fault was reached.
-      fault: i32 scalar, the position of the first committed token at which the target's state is not finite, which ends the
-        sequence: no token is committed behind it. -1 where all are finite.
-      cache: the target's.
-      drafter: the drafter's own state.
-      key: of the sampling noise.
-      stop_tokens: i32[S], ids that end the sequence.
-      accept_lengths: i32[capacity], tokens each round accepted, the bonus token counted, before any cut.
-      rounds: i32 scalar, how many rounds that is.
-    """
-
-    tokens: Int32[Array, "C"]
-    length: Int32[Array, ""]
-    limit: Int32[Array, ""]
-    done: Bool[Array, ""]
-    fault: Int32[Array, ""]
-    cache: KVCache
-    drafter: Any
-    key: Array
-    stop_tokens: Int32[Array, "S"]
-    accept_lengths: Int32[Array, "C"]
-    rounds: Int32[Array, ""]
-
-    def __repr__(self) -> str:
-        return (f"DecodeState(length={words.scalar(self.length)}, limit={words.scalar(self.limit)}, "
-                f"done={words.scalar(self.done)}, rounds={words.scalar(self.rounds)}, cache={self.cache})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,13 +84,7 @@ class Decoder:
         self.config = config if config is not None else default_config(target)
         check_positions(self.config.max_len, target.config)
         self.drafter.check(target.config, max_len=self.config.max_len)
-        if self.config.reproducible and self.drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
-            raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
-                            f"drafter's trees have {self.drafter.tree_size}; choose a smaller tree or a shorter draft")
-        # where a last bit can become a whole step of an activation's rounding, plain and speculative decoding would part
-        reproducible = self.config.reproducible or (
-            target.module.format.rounds_activations and self.drafter.tree_size <= MOST_REPRODUCIBLE_ROWS)
-        self._module = target.module.clone(capture=self.drafter.capture, reproducible=reproducible)
+        self.rounds = Rounds.of(target, self.drafter, self.config)
         self.prefill_chunks = prefill_chunks(self.config)
         self._capacity = cache_rows(self.config, self.drafter)
         check_room(self.state_bytes, f"decoding state for {self.config.max_len} tokens")
@@ -145,11 +95,11 @@ class Decoder:
         empty = functools.partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
         self._empty_cache = empty(lambda: self.target.new_cache(self._capacity, limit=self.config.max_len))
         self._empty_drafter = empty(lambda: self.drafter.init(self._capacity, limit=self.config.max_len))
-        self._ingest = jax.jit(self._ingest_chunk, donate_argnums=1)
+        self._ingest = jax.jit(self.rounds.ingest, donate_argnums=1)
         self._ingest_drafter = jax.jit(self.drafter.prefill, donate_argnums=1)
-        self._score = jax.jit(self._logits_of)
-        self._draw = jax.jit(self._draw_after)
-        self._run = jax.jit(self._run_rounds, donate_argnums=1, compiler_options=compiler_options())
+        self._score = jax.jit(self.rounds.logits)
+        self._draw = jax.jit(self.rounds.draw)
+        self._run = jax.jit(self.rounds.run, donate_argnums=1, compiler_options=compiler_options())
 
     def __repr__(self) -> str:
         drafter = "" if isinstance(self.drafter, NoDrafter) else f"{self.drafter!r}, "
@@ -162,7 +112,7 @@ class Decoder:
     @property
     def module(self) -> Llama:
         """The target's module as a round applies it."""
-        return self._module
+        return self.rounds.module
 
     @property
     def loop(self) -> Callable[[Params, DecodeState, Int32[Array, ""]], DecodeState]:
@@ -197,7 +147,7 @@ class Decoder:
         """`prefill`, and the seconds that the target's and the drafter's passes over the prompt took."""
         prompt = self._checked(prompt_ids)
         if max_new_tokens is not None:
-            _check_count("max_new_tokens", max_new_tokens)
+            check_count("max_new_tokens", max_new_tokens)
         key = seed_key(self.config.seed if seed is None else seed) if key is None else key
         start = time.perf_counter()
         hidden, cache, chunks, fault = self._ingest_all(prompt)
@@ -206,7 +156,8 @@ class Decoder:
         self._check_prompt(prompt, fault, is_sound)
         drafter = self._empty_drafter()
         following = np.append(prompt[1:], int(first)).astype(np.int32)
-        for (tokens, count, features), (next_tokens, _) in zip(chunks, self._split(following), strict=True):
+        for (tokens, count, features), (next_tokens, _) in zip(
+                chunks, split_prompt(following, self.prefill_chunks), strict=True):
             drafter = self._ingest_drafter(self.drafter.params, drafter, tokens, next_tokens, features,
                                            count)
         jax.block_until_ready(drafter)
@@ -254,7 +205,7 @@ class Decoder:
             takes milliseconds of its own.
         """
         if rounds is not None:
-            _check_count("rounds", rounds)
+            check_count("rounds", rounds)
         state = self.prefill(prompt_ids, max_new_tokens, seed=seed, key=key)
         sent, count = len(prompt_ids), rounds or 1
         while True:
@@ -271,8 +222,7 @@ class Decoder:
 
     def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
         """A round's verification with the target's parameters: what is accepted of a draft, and the cache that keeps it."""
-        return verify(self._module, params, state.cache, tree,
-                      lambda logits: self.config.sampling(logits, state.length + tree.depth, state.key))
+        return self.rounds.verify(params, state, tree)
 
     def next_logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "V"]:
         """f32 scores of the target for the token behind these, from the same compiled passes as a prefill; errors as there."""
@@ -302,18 +252,14 @@ class Decoder:
         return parts.phase_times(self, prompt_ids, repeats)
 
     def _checked(self, prompt_ids: Sequence[int]) -> Int32[np.ndarray, "n"]:
-        prompt = check_tokens(prompt_ids, self.target.config)
-        if len(prompt) >= self.config.max_len:
-            raise UserError(f"the prompt has {words.count(len(prompt), 'token')}, the cache holds {self.config.max_len} with "
-                            "at least one new token; shorten the prompt or raise max_len")
-        return prompt
+        return check_prompt(prompt_ids, self.target, self.config)
 
     def _ingest_all(self, prompt: Int32[np.ndarray, "n"]
                     ) -> tuple[Float[Array, "1 D"], KVCache, list[tuple[Any, ...]], Int32[Array, ""]]:
         """The target's pass over the prompt: its last state, the cache, each chunk's tokens, count and features, and the
         position of the first token whose state is not finite, or -1."""
         cache, chunks, fault = self._empty_cache(), [], self._placed(jnp.int32(-1))
-        for tokens, count in self._split(prompt):
+        for tokens, count in split_prompt(prompt, self.prefill_chunks):
             hidden, features, cache, fault = self._ingest(self.target.params, cache, tokens, count, fault)
             chunks.append((tokens, count, features))
         return hidden, cache, chunks, fault
@@ -323,22 +269,8 @@ class Decoder:
         self._check_fault(int(fault) if int(fault) >= 0 or is_sound else len(prompt) - 1, prompt, len(prompt))
 
     def _check_fault(self, fault: int, committed: Int32[np.ndarray, "n"], prompt_length: int) -> None:
-        if fault < 0:
-            return
-        place = (f"token {fault + 1} of the prompt" if fault < prompt_length else
-                 f"token {fault - prompt_length + 1} of the answer")
-        dtype = self.target.module.format.dtype.name
-        wider = ", which --precision=bf16 or fp32 may hold" if dtype == "float16" else ""
-        raise NotFiniteError(
-            f"the model's state at {place} (id {committed[fault]}) is not finite: a weight is not, or activations leave the "
-            f"range of {dtype}{wider}", position=fault, tokens=committed[prompt_length:].tolist())
-
-    def _split(self, prompt: Int32[np.ndarray, "n"]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
-        """The prompt in padded chunks of the few lengths that are compiled, each with its count of real tokens."""
-        while len(prompt):
-            size = next((size for size in self.prefill_chunks if size >= len(prompt)), self.prefill_chunks[-1])
-            chunk, prompt = prompt[:size], prompt[size:]
-            yield np.pad(chunk, (0, size - len(chunk))), np.int32(len(chunk))
+        if fault >= 0:
+            raise not_finite(self.target, fault, committed, prompt_length)
 
     def _start(self, prompt: Int32[np.ndarray, "n"], first: Int32[Array, ""], limit: int, cache: KVCache, drafter: Any,
                key: Array) -> DecodeState:
@@ -357,40 +289,18 @@ class Decoder:
         given the one and then the other would be compiled twice."""
         return jax.device_put(tree, self._device)
 
-    def _ingest_chunk(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"], count: Int32[Array, ""],
-                      fault: Int32[Array, ""]
-                      ) -> tuple[Float[Array, "1 D"], Float[Array, "M F"], KVCache, Int32[Array, ""]]:
-        """The state behind the last real token, what the drafter reads of every row, the cache, and the fault: the one given,
-        or the position of the first real token here whose state is not finite."""
-        hidden, features, cache = self._module.apply(params, tokens, cache)
-        broken = ~jnp.all(jnp.isfinite(hidden), axis=1) & (jnp.arange(len(tokens)) < count)
-        here = jnp.where(broken.any(), cache.length + jnp.argmax(broken).astype(jnp.int32), -1)
-        return hidden[count - 1][None], features, cache.advance(count), jnp.where(fault >= 0, fault, here)
 
-    def _logits_of(self, params: Any, hidden: Float[Array, "1 D"]) -> Float[Array, "1 V"]:
-        return self._module.apply(params, hidden, method="logits")
-
-    def _draw_after(self, params: Any, hidden: Float[Array, "1 D"], position: Int32[Array, ""], key: Array
-                    ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-        """The token drawn behind a state, and whether its scores are finite."""
-        logits = self._logits_of(params, hidden)
-        drawn = self.config.sampling(logits, jnp.asarray(position)[None], key)
-        return drawn[0], are_sound(logits, drawn)[0]
-
-    def _run_rounds(self, params: Params, state: DecodeState, most: Int32[Array, ""]) -> DecodeState:
-        """Rounds until the sequence is done, `most` of them at most."""
-        last = state.rounds + most
-        return jax.lax.while_loop(lambda s: ~s.done & (s.rounds < last), lambda s: self._round(params, s), state)
-
-    def _round(self, params: Params, state: DecodeState) -> DecodeState:
-        root = state.tokens[state.length - 1]
-        tree, drafter = self.drafter.propose(params[1], state.drafter, root)
-        accepted, cache = self.verify(params[0], state, tree)
-        drafter = self.drafter.advance(params[1], drafter, accepted)
-        return _commit(state, accepted).replace(cache=cache, drafter=drafter)
+def check_prompt(prompt_ids: Sequence[int], target: Model, config: DecodeConfig) -> Int32[np.ndarray, "n"]:
+    """The prompt; an empty one, an id outside the vocabulary and one that is longer than the cache are `UserError`s."""
+    prompt = check_tokens(prompt_ids, target.config)
+    if len(prompt) >= config.max_len:
+        raise UserError(f"the prompt has {words.count(len(prompt), 'token')}, the cache holds {config.max_len} with "
+                        "at least one new token; shorten the prompt or raise max_len")
+    return prompt
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Anything but a whole number of at least 1 is a `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{name} must be a whole number of at least 1; found {value!r}")
 
@@ -420,19 +330,20 @@ def cache_bytes(target: Model, drafter: Drafter, rows: int) -> int:
     return tree_bytes(jax.eval_shape(lambda: (target.new_cache(rows), drafter.init(rows))))
 
 
-def _commit(state: DecodeState, accepted: Accepted) -> DecodeState:
-    """Appends the accepted tokens up to the limit, up to and with the first stop token, and up to one whose scores were not
-    finite, which is a fault."""
-    assert accepted.sound is not None  # of a verification
-    slots = jnp.arange(accepted.tokens.shape[0])
-    stops = jnp.any(accepted.tokens[:, None] == state.stop_tokens[None, :], axis=1) & (slots < accepted.count)
-    count = jnp.where(stops.any(), jnp.argmax(stops) + 1, accepted.count)
-    count = jnp.minimum(count, state.limit - state.length).astype(jnp.int32)
-    sound = jnp.min(jnp.where(accepted.sound, slots.shape[0], slots)).astype(jnp.int32)
-    is_faulty, count = sound < count, jnp.minimum(sound, count)
-    length = state.length + count
-    return state.replace(
-        tokens=jax.lax.dynamic_update_slice(state.tokens, accepted.tokens, (state.length,)), length=length,
-        fault=jnp.where(is_faulty, length - 1, -1),
-        done=jnp.any(stops & (slots < count)) | (length >= state.limit) | is_faulty,
-        accept_lengths=state.accept_lengths.at[state.rounds].set(accepted.count), rounds=state.rounds + 1)
+def split_prompt(prompt: Int32[np.ndarray, "n"], chunks: Sequence[int]) -> Iterator[tuple[Int32[np.ndarray, "M"], np.int32]]:
+    """The prompt in padded chunks of the few lengths that are compiled, ascending; each with its count of real tokens."""
+    while len(prompt):
+        size = next((size for size in chunks if size >= len(prompt)), chunks[-1])
+        chunk, prompt = prompt[:size], prompt[size:]
+        yield np.pad(chunk, (0, size - len(chunk))), np.int32(len(chunk))
+
+
+def not_finite(target: Model, fault: int, committed: Int32[np.ndarray, "n"], prompt_length: int) -> NotFiniteError:
+    """The error of a state that is not finite at position `fault` of what has been committed, the prompt included."""
+    place = (f"token {fault + 1} of the prompt" if fault < prompt_length else
+             f"token {fault - prompt_length + 1} of the answer")
+    dtype = target.module.format.dtype.name
+    wider = ", which --precision=bf16 or fp32 may hold" if dtype == "float16" else ""
+    return NotFiniteError(
+        f"the model's state at {place} (id {committed[fault]}) is not finite: a weight is not, or activations leave the "
+        f"range of {dtype}{wider}", position=fault, tokens=committed[prompt_length:].tolist())

@@ -18,7 +18,7 @@ USER = [{"role": "user", "content": "Say something."}]
 class FakeModel:
     """Says `reply`, three bytes a round; while `held`, each round waits for `allow`; one with `failing` raises that."""
 
-    name, fingerprint, max_length, temperature, top_p = "fake", "fake-1", 64, 0.25, 1.0
+    name, fingerprint, max_length, temperature, top_p, top_k = "fake", "fake-1", 64, 0.25, 1.0, 0
 
     def __init__(self, reply):
         self.reply, self.keys, self.rounds, self.ended, self.failing = ids(reply) + [END], [], 0, 0, None

@@ -19,7 +19,8 @@ from specmq_jax.network.llama import Llama
 from specmq_jax.words import count
 
 if TYPE_CHECKING:
-    from specmq_jax.decoding.decode import Decoder, DecodeState
+    from specmq_jax.decoding.decode import Decoder
+    from specmq_jax.decoding.rounds import DecodeState
 
 _BRANCHES = 10
 _PHASE_STEPS = 8

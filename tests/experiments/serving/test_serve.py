@@ -19,7 +19,7 @@ import specmq_jax as sm
 from experiments import serve
 from experiments.serving import chat_protocol, http_server
 from experiments.serving.chat_protocol import RequestError
-from experiments.serving.request_sampling import RequestKey, RequestSampling
+from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
 from specmq_jax.errors import NotFiniteError
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -222,10 +222,11 @@ def test_text_is_shown_up_to_the_first_stop_string_however_it_is_cut(stops):
                                  sm.Sampling(temperature=1.0, top_k=5, top_p=0.9)])
 def test_a_requests_sampling_draws_what_the_librarys_does(own):
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 3, (7, 50)), jnp.float32)
-    positions, shared = jnp.arange(7, dtype=jnp.int32) * 3, RequestSampling(top_k=getattr(own, "top_k", 0))
+    positions, shared = jnp.arange(7, dtype=jnp.int32) * 3, RequestSampling()
     draw = jax.jit(shared.__call__)
     for seed in range(20):
-        key = RequestKey.of(seed=seed, temperature=getattr(own, "temperature", 0), top_p=getattr(own, "top_p", 1))
+        key = RequestKey.of(seed=seed, temperature=getattr(own, "temperature", 0), top_p=getattr(own, "top_p", 1),
+                            top_k=getattr(own, "top_k", 0))
         assert draw(logits, positions, key).tolist() == own(logits, positions, jax.random.key(seed)).tolist()
 
 

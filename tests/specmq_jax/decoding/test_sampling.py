@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.serving.request_sampling import RequestKey, RequestSampling
 from specmq_jax import Greedy, Sampling, UserError
+from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
 from specmq_jax.decoding.sampling import seed_key
 
 
@@ -55,10 +55,10 @@ EXTREMES = (1.0, 1e-3, 1e-6, 1e-37, 1e-38, 1e-40, 1e-45, 1e-46, 1e-300)
 
 def ways(temperature, top_p, top_k=0):
     """The library's sampling and the server's, as functions of logits, positions and a seed."""
-    own, shared = Sampling(temperature=temperature, top_p=top_p, top_k=top_k), RequestSampling(top_k=top_k)
+    own, shared = Sampling(temperature=temperature, top_p=top_p, top_k=top_k), RequestSampling()
     yield lambda logits, positions, seed: own(logits, positions, seed_key(seed))
     yield lambda logits, positions, seed: shared(
-        logits, positions, RequestKey.of(seed=seed, temperature=temperature, top_p=top_p))
+        logits, positions, RequestKey.of(seed=seed, temperature=temperature, top_p=top_p, top_k=top_k))
 
 
 @pytest.mark.parametrize("temperature", EXTREMES[1:])

@@ -1,0 +1,391 @@
+"""Decoding many sequences in one loop."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from specmq_jax import entries
+from specmq_jax.decoding.compilation import compiler_options, enable_persistent_cache
+from specmq_jax.decoding.config import DecodeConfig
+from specmq_jax.decoding.decode import (
+    Generation,
+    cache_bytes,
+    cache_rows,
+    check_count,
+    check_prompt,
+    default_config,
+    not_finite,
+    prefill_chunks,
+    split_prompt,
+)
+from specmq_jax.decoding.drafters import Drafter, HierarchicalDrafter, NoDrafter
+from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
+from specmq_jax.decoding.rounds import Params, Rounds
+from specmq_jax.decoding.sampling import Greedy, Sampling
+from specmq_jax.decoding.slots import MOST_STOP_TOKENS, ROUNDS, Asked, Chunk, First, Slots
+from specmq_jax.decoding.tickets import Request, Ticket
+from specmq_jax.errors import UserError
+from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
+from specmq_jax.loading.memory import check_room
+from specmq_jax.loading.model import Model, check_positions
+from specmq_jax.network import side_by_side
+
+
+class Engine:
+    """Decodes up to `slots` sequences at once with a target model and a drafter.
+
+    Requests wait for a free slot in the order of their coming. Each gives the tokens that `Decoder` gives it alone, whatever
+    else is decoded, up to numerical ties; with `reproducible` to the bit. Nothing happens in the background: iterating over
+    tickets, waiting for results and `step` drive all requests. All methods may be called from any thread. Attribute `admitted`
+    counts the requests that have been given a slot, `active` those of the newest call, `waited` the seconds that the host has
+    waited for the device.
+    """
+
+    def __init__(self, target: Model, drafter: Drafter | None = None, config: DecodeConfig | None = None, *,
+                 slots: int = 8) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          target, drafter, config: as for `Decoder`; sampling and stop tokens are what a request has that doesn't say.
+          slots: sequences at once.
+
+        Raises:
+          UserError: as `Decoder`, a sampler that is neither `Greedy` nor `Sampling`, a number of slots that is none, or too
+            little memory for them.
+        """
+        enable_persistent_cache()
+        self.target, self.drafter = target, drafter if drafter is not None else NoDrafter()
+        self.config = config if config is not None else default_config(target)
+        self.slots = entries.integer("Engine", "slots", slots, low=1)
+        if not isinstance(self.config.sampling, Greedy | Sampling):
+            raise UserError(f"an engine's requests are sampled by Greedy() or Sampling(...); found {self.config.sampling!r}")
+        check_positions(self.config.max_len, target.config)
+        self.drafter.check(target.config, max_len=self.config.max_len)
+        rows = slots * self.drafter.tree_size
+        if self.config.reproducible and rows > MOST_REPRODUCIBLE_ROWS:
+            raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} rows at once; {slots} slots of "
+                            f"{self.drafter.tree_size} nodes are {rows}")
+        self._stop_tokens(self.config.stop_tokens)
+        self._capacity = cache_rows(self.config, self.drafter)
+        self._slots = Slots(target=target, rounds=self._make_rounds(), count=slots, limit=self.config.max_len,
+                            capacity=self._capacity)
+        self._chunks = prefill_chunks(self.config)
+        check_room(slots * cache_bytes(target, self.drafter, self._capacity),
+                   f"{slots} slots of {self.config.max_len} tokens")
+        (self._device,) = jax.tree.leaves(target.params)[0].devices()
+        placed = functools.partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
+        self._state = placed(self._slots.empty)()
+        compiled = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options())
+        self._run = compiled(self._slots.run, static_argnums=3)
+        self._take_in, self._admit = compiled(self._slots.ingest), compiled(self._slots.ingest_last)
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._running: dict[int, Ticket] = {}
+        self._entering: tuple[Ticket, Iterator[Any]] | None = None
+        self._pending: list[tuple[list[Ticket | None], Any]] = []
+        self._free = list(range(slots))
+        self._arrivals, self._driving, self._is_closed = threading.Lock(), threading.RLock(), False
+        self.admitted, self.active, self.waited = 0, 0, 0.0
+
+    def __repr__(self) -> str:
+        drafter = "" if isinstance(self.drafter, NoDrafter) else f"{self.drafter!r}, "
+        return f"Engine({self.target!r}, {drafter}slots={self.slots}, max_len={self.config.max_len})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @property
+    def params(self) -> Params:
+        return self.target.params, self.drafter.params
+
+    @property
+    def running(self) -> int:
+        """Requests that are being decoded."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no slot was free for."""
+        return len(self._waiting)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of slots that calls run with, ascending."""
+        sizes = {min(1 << power, self.slots) for power in range(self.slots.bit_length() + 1)}
+        return tuple(sorted(sizes))
+
+    def submit(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, temperature: float | None = None,
+               top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0, seed: int | None = None,
+               stop_tokens: Sequence[int] | None = None) -> Ticket:
+        """Asks for a continuation.
+
+        Args:
+          prompt_ids: token ids.
+          max_new_tokens: where it ends; by default, and at most, where the cache is full.
+          temperature, top_k, top_p: as in `Sampling`, and a temperature of 0 is greedy; by default the configuration's.
+          min_p: the least probability that stays, as a part of the best token's.
+          seed: of the sampling noise, by default the configuration's.
+          stop_tokens: ids that end it, at most 16; by default the configuration's.
+
+        Raises:
+          UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache, a setting outside its range,
+            or an engine that is closed.
+        """
+        prompt = check_prompt(prompt_ids, self.target, self.config)
+        if max_new_tokens is not None:
+            check_count("max_new_tokens", max_new_tokens)
+        room = self.config.max_len - len(prompt)
+        default = self.config.sampling if isinstance(self.config.sampling, Sampling) else None
+        if temperature is None:
+            temperature = default.temperature if default else 0.0
+        key = RequestKey.of(
+            seed=self.config.seed if seed is None else seed, temperature=temperature,
+            top_k=(default.top_k if default else 0) if top_k is None else top_k,
+            top_p=(default.top_p if default else 1.0) if top_p is None else top_p, min_p=min_p)
+        stops = self.config.stop_tokens if stop_tokens is None else stop_tokens
+        ticket = Ticket(self, Request(
+            prompt=prompt, key=key, is_sampled=temperature > 0, stop_tokens=self._stop_tokens(stops),
+            limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))))
+        with self._arrivals:
+            if self._is_closed:
+                raise UserError("the engine is closed")
+            self._waiting.append(ticket)
+        return ticket
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None, **sampling: Any
+                 ) -> list[Generation]:
+        """The continuations of all prompts, in their order; arguments and errors as in `submit` and `Ticket.result`."""
+        tickets = [self.submit(prompt, max_new_tokens, **sampling) for prompt in prompts]
+        return [ticket.result() for ticket in tickets]
+
+    def warm_up(self) -> None:
+        """Compiles all that requests will need: two loops for each of `buckets`, one of which draws, and each chunk length of a
+        prompt, once as the last of it and once before."""
+        with self._driving:
+            self._finish_pending()
+            for size in self.buckets:
+                slots = np.arange(size, dtype=np.int32)
+                for draws in (False, True):
+                    self._state, _ = self._run(self.params, self._state, slots, draws)
+            if self._running or self._entering:
+                return  # what they need of chunks they have compiled, or will
+            request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), is_sampled=False,
+                               stop_tokens=())
+            for size in self._chunks:
+                chunk = Chunk(np.zeros(size, np.int32), np.zeros(size, np.int32), np.int32(1), np.int32(0))
+                self._state = self._take_in(self.params, self._state, np.int32(0), chunk)
+                self._state, _ = self._admit(self.params, self._state, np.int32(0), chunk, self._asked(request))
+            jax.block_until_ready(self._state)
+
+    def step(self) -> bool:
+        """Takes in what waits and has room, starts one call of a few rounds, and reads what the call before it has left.
+
+        Returns whether anything is left to do.
+        """
+        with self._driving:
+            if self._is_closed:
+                return False
+            try:
+                self._enter()
+                reported = len(self._pending)
+                self._start()
+                self._finish_pending(reported)
+            except BaseException:
+                self._abandon(UserError("the engine has failed and is closed"))
+                raise
+            return bool(self._running or self._pending or self._entering or self._waiting)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See `Ticket.cancel`."""
+        with self._arrivals:
+            if ticket.is_done:
+                return
+            ticket.is_cancelled = True
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(ticket)
+
+    def close(self) -> None:
+        """Ends every request that is not done with a `UserError`, and gives the device's memory back."""
+        with self._driving:
+            if not self._is_closed:
+                self._abandon(UserError("the engine is closed"))
+
+    # the host's side of a step
+
+    def _enter(self) -> None:
+        """Chunks of prompts, in all no longer than the longest one, for which what runs has to wait; where nothing runs, a
+        chunk at least of all that can."""
+        room = self._chunks[-1]
+        while room > 0 or not self._running:
+            if self._entering is None and not self._begin():
+                return
+            assert self._entering is not None
+            ticket, chunks = self._entering
+            if ticket.is_cancelled:
+                self._entering = None
+                self._release(ticket)
+                continue
+            room -= next(chunks)
+            if self._running.get(ticket.slot) is ticket:
+                self._entering = None
+
+    def _begin(self) -> bool:
+        """The next request into a free slot."""
+        with self._arrivals:
+            if not self._free or not self._waiting:
+                return False
+            ticket = self._waiting.popleft()
+        ticket.slot = self._free.pop(0)
+        ticket.times.append(time.perf_counter())
+        self._entering = ticket, self._chunks_of(ticket)
+        return True
+
+    def _chunks_of(self, ticket: Ticket) -> Iterator[int]:
+        """Takes in one chunk of the prompt after another, gives its rows, and starts the sequence with the last."""
+        request, slot = ticket.request, ticket.slot
+        following = np.append(request.prompt[1:], 0).astype(np.int32)
+        parts = list(zip(split_prompt(request.prompt, self._chunks), split_prompt(following, self._chunks), strict=True))
+        start = 0
+        for (tokens, count), (behind, _) in parts[:-1]:
+            chunk = Chunk(tokens, behind, count, np.int32(start))
+            self._state = self._take_in(self.params, self._state, np.int32(slot), chunk)
+            start += int(count)
+            yield len(tokens)
+        (tokens, count), (behind, _) = parts[-1]
+        self._state, first = self._admit(self.params, self._state, np.int32(slot),
+                                         Chunk(tokens, behind, count, np.int32(start)), self._asked(request))
+        self._running[slot] = ticket
+        self.admitted += 1
+        ticket.coming += 1
+        self._pending.append(([ticket], first))
+        yield len(tokens)
+
+    def _asked(self, request: Request) -> Asked:
+        tokens = np.zeros(self._capacity, np.int32)
+        tokens[:len(request.prompt)] = request.prompt
+        stops = np.full(MOST_STOP_TOKENS, -1, np.int32)
+        stops[:len(request.stop_tokens)] = request.stop_tokens
+        return Asked(tokens, np.int32(len(request.prompt)), np.int32(request.limit), request.key, stops)
+
+    def _start(self) -> None:
+        """A call on the slots that run, filled up with free ones to a bucket."""
+        for slot, ticket in list(self._running.items()):
+            if ticket.is_cancelled:
+                del self._running[slot]
+                self._release(ticket)
+        if not self._running:
+            return
+        running = dict(self._running)
+        self.active = len(running)
+        size = next(size for size in self.buckets if size >= len(running))
+        others = (slot for slot in range(self.slots) if slot not in running and slot != self._entering_slot)
+        slots = [*running, *(slot for slot, _ in zip(others, range(size - len(running)), strict=False))]
+        if len(slots) < size:  # the slot that is being filled stands aside
+            slots = [*slots, self._entering_slot]
+        draws = any(ticket.request.is_sampled for ticket in running.values())
+        self._state, report = self._run(self.params, self._state, np.asarray(slots, np.int32), draws)
+        self._pending.append(([running.get(slot) for slot in slots], report))
+        for slot, ticket in running.items():
+            ticket.coming += ROUNDS
+            if self._ends_for_certain(ticket):
+                del self._running[slot]
+                self._free.append(slot)
+
+    def _ends_for_certain(self, ticket: Ticket) -> bool:
+        """Whether what has been started will bring it to its limit: a round commits a token at least."""
+        # a hierarchy's inner rounds are read from the slot when the request has ended
+        return (ticket.count + ticket.coming >= ticket.request.limit - len(ticket.request.prompt)
+                and not isinstance(self.drafter, HierarchicalDrafter))
+
+    @property
+    def _entering_slot(self) -> int:
+        return -1 if self._entering is None else self._entering[0].slot
+
+    def _finish_pending(self, count: int | None = None) -> None:
+        """Reads what the oldest calls have left: all of them, or so many."""
+        taken, self._pending = self._pending[:count], [] if count is None else self._pending[count:]
+        for tickets, report in taken:
+            if isinstance(report, First):
+                (ticket,) = tickets
+                assert ticket is not None
+                first = self._read(report)
+                ticket.times.append(time.perf_counter())
+                ticket.coming -= 1
+                is_of_prompt = 0 <= int(first.fault) < len(ticket.request.prompt)
+                self._told(ticket, [] if is_of_prompt else [int(first.token)], bool(first.done), int(first.fault))
+                continue
+            length, rounds, fault, done, fresh = self._read(
+                (report.length, report.rounds, report.fault, report.done, report.fresh))
+            for place, ticket in enumerate(tickets):
+                if ticket is None:
+                    continue
+                ticket.coming -= ROUNDS
+                if ticket.is_done:
+                    continue
+                news = int(length[place]) - len(ticket.request.prompt) - ticket.count
+                lengths = np.asarray(report.accept_lengths[place])[:rounds[place]] if done[place] else None
+                self._told(ticket, fresh[place, :news].tolist(), bool(done[place]), int(fault[place]), lengths)
+
+    def _read(self, report: Any) -> Any:
+        start = time.perf_counter()
+        found = jax.device_get(report)
+        self.waited += time.perf_counter() - start
+        return found
+
+    def _told(self, ticket: Ticket, tokens: list[int], done: bool, fault: int,
+              accept_lengths: Int32[np.ndarray, "r"] | None = None) -> None:
+        if ticket.is_cancelled:
+            return
+        request, slot = ticket.request, ticket.slot
+        everything = [*ticket.tokens, *tokens]
+        if done and fault >= 0:
+            committed = np.asarray([*request.prompt, *everything], np.int32)
+            ticket.error = not_finite(self.target, fault, committed, len(request.prompt))
+        elif done:
+            _, admitted, first = ticket.times
+            inner = np.zeros(0, np.int32)
+            if isinstance(self.drafter, HierarchicalDrafter):
+                inner = self.drafter.accept_lengths(side_by_side.take(self._state.drafter, slot))
+            ticket.generation = Generation(
+                tokens=np.asarray(everything, np.int32), seconds=time.perf_counter() - first,
+                accept_lengths=np.zeros(0, np.int32) if accept_lengths is None else accept_lengths,
+                prefill_seconds=first - admitted, draft_prefill_seconds=0.0, draft_accept_lengths=inner,
+                stopped=len(request.prompt) + len(everything) < request.limit or everything[-1] in request.stop_tokens)
+        ticket.tokens = everything
+        if done and self._running.get(slot) is ticket:
+            del self._running[slot]
+            self._free.append(slot)
+
+    def _release(self, ticket: Ticket) -> None:
+        self._free.append(ticket.slot)
+
+    def _abandon(self, error: Exception) -> None:
+        with self._arrivals:
+            self._is_closed = True
+            entering = [self._entering[0]] if self._entering else []
+            started = [ticket for tickets, _ in self._pending for ticket in tickets if ticket]
+            for ticket in (*self._waiting, *self._running.values(), *entering, *started):
+                if not ticket.is_done:
+                    ticket.error = error
+            self._waiting.clear()
+        self._running, self._entering, self._pending, self._state = {}, None, [], None
+
+    def _make_rounds(self) -> Rounds:
+        return dataclasses.replace(Rounds.of(self.target, self.drafter, self.config), sampling=RequestSampling())
+
+    def _stop_tokens(self, stop_tokens: Sequence[int]) -> tuple[int, ...]:
+        stops = entries.integers("a request", "stop_tokens", tuple(stop_tokens))
+        if len(stops) > MOST_STOP_TOKENS:
+            raise UserError(f"a request has at most {MOST_STOP_TOKENS} stop tokens; found {len(stops)}")
+        return stops

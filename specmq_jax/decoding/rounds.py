@@ -1,0 +1,152 @@
+"""One draft-verify-accept round of a sequence, and its prompt's way in, as functions of arrays alone.
+
+One verifier serves every temperature. The target draws one token at every node of the draft tree, with noise keyed by the
+position alone, and the round walks to the children that carry those tokens. Drafts are always greedy, so the tree is a
+function of the past and the committed tokens are exactly those that plain decoding draws with the same seed.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from specmq_jax import words
+from specmq_jax.decoding.config import DecodeConfig
+from specmq_jax.decoding.drafters import Drafter
+from specmq_jax.decoding.sampling import Sampler
+from specmq_jax.decoding.tree import Accepted, DraftTree
+from specmq_jax.decoding.verification import are_sound, verify
+from specmq_jax.errors import UserError
+from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
+from specmq_jax.loading.model import Model
+from specmq_jax.network import side_by_side
+from specmq_jax.network.cache import KVCache
+from specmq_jax.network.llama import Llama
+
+Params = tuple[Any, Any]
+"""The target's parameters and the drafter's."""
+
+
+class DecodeState(flax.struct.PyTreeNode):
+    """Everything one sequence carries from round to round.
+
+    Attributes:
+      tokens: i32[capacity], prompt and committed tokens; what stands behind `length` is scratch.
+      length: i32 scalar, committed tokens. The newest one, the root of the next draft, is not in the caches yet.
+      limit: i32 scalar, the length at which decoding ends.
+      done: bool scalar, a stop token, the limit or a fault was reached.
+      fault: i32 scalar, the position of the first committed token at which the target's state is not finite, which ends the
+        sequence: no token is committed behind it. -1 where all are finite.
+      cache: the target's.
+      drafter: the drafter's own state.
+      key: of the sampling noise, or what else the sampler takes for one.
+      stop_tokens: i32[S], ids that end the sequence.
+      accept_lengths: i32[capacity], tokens each round accepted, the bonus token counted, before any cut.
+      rounds: i32 scalar, how many rounds that is.
+    """
+
+    tokens: Int32[Array, "C"]
+    length: Int32[Array, ""]
+    limit: Int32[Array, ""]
+    done: Bool[Array, ""]
+    fault: Int32[Array, ""]
+    cache: KVCache
+    drafter: Any
+    key: Any
+    stop_tokens: Int32[Array, "S"]
+    accept_lengths: Int32[Array, "C"]
+    rounds: Int32[Array, ""]
+
+    def __repr__(self) -> str:
+        return (f"DecodeState(length={words.scalar(self.length)}, limit={words.scalar(self.limit)}, "
+                f"done={words.scalar(self.done)}, rounds={words.scalar(self.rounds)}, cache={self.cache})")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rounds:
+    """What a target and a drafter compute of a sequence; `vmap` with `side_by_side.axes` makes it of many.
+
+    Attributes:
+      module: the target's.
+      drafter: proposes.
+      sampling: how the target draws.
+    """
+
+    module: Llama
+    drafter: Drafter
+    sampling: Sampler
+
+    @classmethod
+    def of(cls, target: Model, drafter: Drafter, config: DecodeConfig) -> Self:
+        """Raises a `UserError` for a drafter that drafts too much to be reproducible."""
+        if config.reproducible and drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
+            raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
+                            f"drafter's trees have {drafter.tree_size}; choose a smaller tree or a shorter draft")
+        # where a last bit can become a whole step of an activation's rounding, plain and speculative decoding would part
+        reproducible = config.reproducible or (
+            target.module.format.rounds_activations and drafter.tree_size <= MOST_REPRODUCIBLE_ROWS)
+        module = target.module.clone(capture=drafter.capture, reproducible=reproducible)
+        return cls(module=module, drafter=drafter, sampling=config.sampling)
+
+    def ingest(self, params: Any, cache: KVCache, tokens: Int32[Array, "M"], count: Int32[Array, ""],
+               fault: Int32[Array, ""]) -> tuple[Float[Array, "1 D"], Float[Array, "M F"], KVCache, Int32[Array, ""]]:
+        """A chunk of a prompt, `count` tokens and padding.
+
+        Returns:
+          The state behind the last token, what the drafter reads of every row, the cache, and the fault: the one given, or the
+          position of the first token here whose state is not finite.
+        """
+        hidden, features, cache = side_by_side.apply(self.module, params, tokens, cache)
+        broken = ~jnp.all(jnp.isfinite(hidden), axis=1) & (jnp.arange(len(tokens)) < count)
+        here = jnp.where(broken.any(), cache.length + jnp.argmax(broken).astype(jnp.int32), -1)
+        return hidden[count - 1][None], features, cache.advance(count), jnp.where(fault >= 0, fault, here)
+
+    def logits(self, params: Any, hidden: Float[Array, "1 D"]) -> Float[Array, "1 V"]:
+        """The target's f32 scores behind a state."""
+        return side_by_side.apply(self.module, params, hidden, method="logits")
+
+    def draw(self, params: Any, hidden: Float[Array, "1 D"], position: Int32[Array, ""], key: Any
+             ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
+        """The token drawn behind a state, and whether its scores are finite."""
+        logits = self.logits(params, hidden)
+        drawn = self.sampling(logits, jnp.asarray(position)[None], key)
+        return drawn[0], are_sound(logits, drawn)[0]
+
+    def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
+        """See `Decoder.verify`."""
+        return verify(self.module, params, state.cache, tree,
+                      lambda logits: self.sampling(logits, state.length + tree.depth, state.key))
+
+    def round(self, params: Params, state: DecodeState) -> DecodeState:
+        """Propose, verify, accept, advance."""
+        root = state.tokens[state.length - 1]
+        tree, drafter = self.drafter.propose(params[1], state.drafter, root)
+        accepted, cache = self.verify(params[0], state, tree)
+        drafter = self.drafter.advance(params[1], drafter, accepted)
+        return commit(state, accepted).replace(cache=cache, drafter=drafter)
+
+    def run(self, params: Params, state: DecodeState, most: Int32[Array, ""]) -> DecodeState:
+        """Rounds until the sequence is done, `most` of them at most."""
+        last = state.rounds + most
+        return jax.lax.while_loop(lambda s: ~s.done & (s.rounds < last), lambda s: self.round(params, s), state)
+
+
+def commit(state: DecodeState, accepted: Accepted) -> DecodeState:
+    """Appends the accepted tokens up to the limit, up to and with the first stop token, and up to one whose scores were not
+    finite, which is a fault."""
+    assert accepted.sound is not None  # of a verification
+    slots = jnp.arange(accepted.tokens.shape[0])
+    stops = jnp.any(accepted.tokens[:, None] == state.stop_tokens[None, :], axis=1) & (slots < accepted.count)
+    count = jnp.where(stops.any(), jnp.argmax(stops) + 1, accepted.count)
+    count = jnp.minimum(count, state.limit - state.length).astype(jnp.int32)
+    sound = jnp.min(jnp.where(accepted.sound, slots.shape[0], slots)).astype(jnp.int32)
+    is_faulty, count = sound < count, jnp.minimum(sound, count)
+    length = state.length + count
+    return state.replace(
+        tokens=jax.lax.dynamic_update_slice(state.tokens, accepted.tokens, (state.length,)), length=length,
+        fault=jnp.where(is_faulty, length - 1, -1),
+        done=jnp.any(stops & (slots < count)) | (length >= state.limit) | is_faulty,
+        accept_lengths=state.accept_lengths.at[state.rounds].set(accepted.count), rounds=state.rounds + 1)

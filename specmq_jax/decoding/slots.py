@@ -1,0 +1,151 @@
+"""What an engine computes: the state of many sequences, a chunk of a prompt into one of them, rounds of some of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from specmq_jax.decoding.request_sampling import RequestKey
+from specmq_jax.decoding.rounds import DecodeState, Params, Rounds
+from specmq_jax.decoding.sampling import Greedy
+from specmq_jax.loading.model import Model
+from specmq_jax.network import side_by_side
+
+ROUNDS = 8
+"""Rounds of a call: what ends within one, or comes, waits for its end. The number is fixed, for then a GPU needs nothing of the
+host before the last of them, and the host starts the next call meanwhile."""
+MOST_STOP_TOKENS = 16
+"""Stop tokens of a request: each slot has room for so many."""
+
+
+class Chunk(flax.struct.PyTreeNode):
+    """Tokens of a prompt from `start` on, `count` of them and padding, and the token behind each."""
+
+    tokens: Int32[Any, "M"]
+    following: Int32[Any, "M"]
+    count: Int32[Any, ""]
+    start: Int32[Any, ""]
+
+
+class Asked(flax.struct.PyTreeNode):
+    """A request on the device: its prompt of `count` tokens, and what `DecodeState` holds of the rest."""
+
+    tokens: Int32[Any, "C"]
+    count: Int32[Any, ""]
+    limit: Int32[Any, ""]
+    key: RequestKey
+    stop_tokens: Int32[Any, "K"]
+
+
+class Report(flax.struct.PyTreeNode):
+    """What a call leaves for the host to read, of each of its N slots.
+
+    Attributes:
+      length, rounds, fault: i32[N]; done: bool[N], as in `DecodeState`.
+      fresh: i32[N, W], the tokens that were committed, and padding.
+      accept_lengths: i32[N, C].
+    """
+
+    length: Int32[Array, "N"]
+    rounds: Int32[Array, "N"]
+    fault: Int32[Array, "N"]
+    done: Bool[Array, "N"]
+    fresh: Int32[Array, "N W"]
+    accept_lengths: Int32[Array, "N C"]
+
+
+class First(flax.struct.PyTreeNode):
+    """What taking in a prompt leaves: the token drawn behind it, and what `DecodeState` says of it."""
+
+    token: Int32[Array, ""]
+    fault: Int32[Array, ""]
+    done: Bool[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Slots:
+    """Functions of the state of `count` sequences, each of at most `limit` tokens in caches of `capacity` rows."""
+
+    target: Model
+    rounds: Rounds
+    count: int
+    limit: int
+    capacity: int
+
+    def empty(self) -> DecodeState:
+        """The state of slots that hold nothing; what runs in them is done."""
+        one = DecodeState(
+            tokens=jnp.zeros(self.capacity, jnp.int32), length=jnp.int32(1), limit=jnp.int32(0), done=jnp.asarray(True),
+            fault=jnp.int32(-1), cache=self.target.new_cache(self.capacity, limit=self.limit),
+            drafter=self._empty_drafter(), key=RequestKey.of(seed=0), stop_tokens=jnp.full(MOST_STOP_TOKENS, -1, jnp.int32),
+            accept_lengths=jnp.zeros(self.capacity, jnp.int32), rounds=jnp.int32(0))
+        return side_by_side.in_slots(one, self.count)
+
+    def _empty_drafter(self) -> Any:
+        return self.rounds.drafter.init(self.capacity, limit=self.limit)
+
+    def ingest(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> DecodeState:
+        """A chunk of a prompt that is not its last."""
+        _, features, cache, fault, drafter = self._pass(params, state, slot, chunk)
+        drafter = self.rounds.drafter.prefill(params[1], drafter, chunk.tokens, chunk.following, features, chunk.count)
+        part = side_by_side.take(state, slot)
+        return side_by_side.put(state, part.replace(done=jnp.asarray(True), fault=fault, cache=cache, drafter=drafter), slot)
+
+    def ingest_last(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk, asked: Asked
+                     ) -> tuple[DecodeState, First]:
+        """The last chunk, the first token, and the sequence's state."""
+        hidden, features, cache, fault, drafter = self._pass(params, state, slot, chunk)
+        first, is_sound = self.rounds.draw(params[0], hidden, asked.count, asked.key)
+        following = chunk.following.at[chunk.count - 1].set(first)
+        drafter = self.rounds.drafter.prefill(params[1], drafter, chunk.tokens, following, features, chunk.count)
+        fault = jnp.where((fault < 0) & ~is_sound, asked.count - 1, fault)
+        length = asked.count + 1
+        done = (length >= asked.limit) | jnp.any(first == asked.stop_tokens) | (fault >= 0)
+        one = DecodeState(
+            tokens=asked.tokens.at[asked.count].set(first), length=length, limit=asked.limit, done=done, fault=fault,
+            cache=cache, drafter=drafter, key=asked.key, stop_tokens=asked.stop_tokens,
+            accept_lengths=jnp.zeros(self.capacity, jnp.int32), rounds=jnp.int32(0))
+        return side_by_side.put(state, one, slot), First(token=first, fault=fault, done=done)
+
+    def _pass(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> tuple[Any, ...]:
+        """The target's pass over a chunk, and the drafter's state in which it goes on; both are empty before a prompt."""
+        begins = chunk.start == 0
+        part = side_by_side.take(state, slot)
+        fault = jnp.where(begins, -1, part.fault)
+        passed = self.rounds.ingest(params[0], part.cache.rewind(chunk.start), chunk.tokens, chunk.count, fault)
+        return *passed, side_by_side.emptied(part.drafter, self._empty_drafter(), begins)
+
+    def run(self, params: Params, state: DecodeState, slots: Int32[Array, "N"], draws: bool
+                   ) -> tuple[DecodeState, Report]:
+        """`ROUNDS` rounds of some slots; those that are done stay as they are.
+
+        Unless it `draws` for one of them, all are greedy: to ask for each is a choice that a GPU waits for the host with.
+        """
+        before = side_by_side.take(state, slots)
+        if len(slots) == 1:
+            one = side_by_side.take(state, slots[0])
+            state = side_by_side.put(state, self._turns(params, one, draws, lambda one: one), slots[0])
+        else:
+            each = side_by_side.axes(before)
+            state = side_by_side.put(state, self._turns(
+                params, before, draws, functools.partial(jax.vmap, in_axes=(each,), out_axes=each)), slots)
+        after = side_by_side.take(state, slots)
+        window = min(self.capacity, ROUNDS * (self.rounds.drafter.max_depth + 1))
+        places = jnp.minimum(before.length[:, None] + jnp.arange(window), self.capacity - 1)
+        fresh = jnp.take_along_axis(after.tokens, places, axis=1)
+        return state, Report(length=after.length, rounds=after.rounds, fault=after.fault, done=after.done, fresh=fresh,
+                             accept_lengths=after.accept_lengths)
+
+    def _turns(self, params: Params, part: DecodeState, draws: bool, mapped: Callable[..., Any]) -> DecodeState:
+        rounds = self.rounds if draws else dataclasses.replace(self.rounds, sampling=Greedy())
+
+        def turn(part: DecodeState) -> DecodeState:
+            return side_by_side.select(~part.done, rounds.round(params, part), part)
+
+        turns = mapped(turn)
+        return jax.lax.fori_loop(0, ROUNDS, lambda _, part: turns(part), part)

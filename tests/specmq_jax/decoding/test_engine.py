@@ -1,0 +1,198 @@
+"""Many requests in one loop: each answer is the one that the request gives alone, whatever else is decoded beside it."""
+
+import dataclasses
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import tiny_config
+
+import specmq_jax as sm
+from experiments.timing.random_models import random_head
+from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
+
+CONFIG = sm.DecodeConfig(max_len=96, prefill_chunks=(16,))
+SAMPLING = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "top_k": 7, "seed": 4},
+            {"temperature": 0.9, "top_p": 0.7, "seed": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "seed": 6}]
+DRAFTERS = ("none", "chain", "eagle", "hierarchical")
+
+
+@pytest.fixture(scope="module")
+def target():
+    return sm.random_model(tiny_config(num_layers=1), "fp32", seed=0)
+
+
+@pytest.fixture(scope="module")
+def drafters(target):
+    small = sm.random_model(tiny_config(num_layers=1, hidden_size=32), "fp32", seed=1)
+    tree = sm.TreeConfig(depth=3, top_k=3, size=8)
+    inner = sm.EagleDrafter(random_head(small, 2, seed=3), sm.TreeConfig(depth=2, top_k=2, size=4))
+    # the target drafts for itself, so that drafts are accepted; heads guess at random
+    return {"none": sm.NoDrafter(), "chain": sm.ChainDrafter(target, 3),
+            "eagle": sm.EagleDrafter(random_head(target, 2, seed=3), tree),
+            "hierarchical": sm.HierarchicalDrafter(dataclasses.replace(small, config=small.config), inner, 2)}
+
+
+def requests(count, seed=0, vocab=61):
+    rng = np.random.default_rng(seed)
+    return [{"prompt_ids": rng.integers(0, vocab, rng.integers(1, 40)).tolist(), "max_new_tokens": int(rng.integers(1, 24)),
+             "stop_tokens": rng.integers(0, vocab, rng.integers(0, 3)).tolist(), **SAMPLING[i % len(SAMPLING)]}
+            for i in range(count)]
+
+
+class Alone:
+    """What each request gives without others."""
+
+    def __init__(self, target, drafter, config=CONFIG):
+        self.decoder = sm.Decoder(target, drafter, dataclasses.replace(config, sampling=RequestSampling()))
+
+    def tokens(self, request):
+        key = RequestKey.of(**{"seed": 0, **{name: value for name, value in request.items() if name in (
+            "seed", "temperature", "top_k", "top_p", "min_p")}})
+        state = self.decoder.prefill(request["prompt_ids"], request["max_new_tokens"], key=key)
+        state = self.decoder.loop(self.decoder.params, state, jnp.int32(1000))
+        found = state.tokens[len(request["prompt_ids"]):int(state.length)].tolist()
+        stops = [place for place, token in enumerate(found) if token in request["stop_tokens"]]
+        return found[:stops[0] + 1] if stops else found
+
+
+def check(target, drafter, asked, slots, seed):
+    """Requests join at random moments, and each gives its own tokens."""
+    alone, rng = Alone(target, drafter), np.random.default_rng(seed)
+    with sm.Engine(target, drafter, CONFIG, slots=slots) as engine:
+        tickets = []
+        for request in asked:
+            tickets.append(engine.submit(**request))
+            for _ in range(rng.integers(0, 3)):
+                engine.step()
+        found = [ticket.result() for ticket in tickets]
+    for request, result in zip(asked, found, strict=True):
+        assert result.tokens.tolist() == alone.tokens(request)
+        committed = len(result.tokens) - 1
+        assert result.accept_lengths.sum() >= committed > result.accept_lengths[:-1].sum() or not committed
+        assert result.stopped == (len(result.tokens) < request["max_new_tokens"]
+                                  or int(result.tokens[-1]) in request["stop_tokens"])
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_requests_that_join_and_leave_give_their_own_tokens(target, drafters, name):
+    check(target, drafters[name], requests(9), slots=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_any_number_of_slots_gives_the_same(target, drafters, name, slots):
+    check(target, drafters[name], requests(40, seed=slots), slots, seed=slots)
+
+
+@pytest.fixture
+def engine(target):
+    with sm.Engine(target, config=CONFIG, slots=2) as engine:
+        yield engine
+
+
+def test_lists_come_as_they_are_committed_and_a_cancelled_request_leaves_the_others_alone(target, engine):
+    asked, alone = requests(4, seed=1), Alone(target, sm.NoDrafter())
+    for request in asked:
+        request.update(max_new_tokens=40, stop_tokens=[])
+    first, second, third, fourth = (engine.submit(**request) for request in asked)
+    parts = iter(first)
+    begun = next(parts) + next(parts)
+    first.cancel()
+    fourth.cancel()  # which still waits
+    for ticket in (first, fourth):
+        with pytest.raises(sm.UserError, match="^the request was cancelled$"):
+            ticket.result()
+    assert [list(ticket.result().tokens) for ticket in (second, third)] == [alone.tokens(each) for each in asked[1:3]]
+    assert begun == alone.tokens(asked[0])[:len(begun)] and 1 < len(begun) < 40
+    assert engine.running == engine.waiting == 0 and engine.step() is False
+
+
+def test_requests_of_several_threads_are_all_answered(target, engine):
+    asked, found = requests(6, seed=2), {}
+
+    def ask(place):
+        found[place] = engine.submit(**asked[place]).result().tokens.tolist()
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = Alone(target, sm.NoDrafter())
+    assert [found[place] for place in range(len(asked))] == [alone.tokens(request) for request in asked]
+
+
+def test_everything_is_compiled_by_warm_up(target):
+    with sm.Engine(target, config=CONFIG, slots=3) as engine:
+        engine.warm_up()
+        functions = engine._run, engine._take_in, engine._admit
+        assert engine.buckets == (1, 2, 3)
+        before = [function._cache_size() for function in functions]
+        assert before == [2 * 3, 1, 1]
+        for temperature in (0.0, 0.5):
+            engine.generate([request["prompt_ids"] for request in requests(5)], 12, temperature=temperature)
+        assert [function._cache_size() for function in functions] == before
+
+
+def test_a_state_that_is_not_finite_ends_its_own_request_alone(target):
+    table = target.params["params"]["embed"]["table"]
+    params = {"params": target.params["params"] | {"embed": {"table": table.at[7].set(jnp.nan)}}}
+    broken, asked = dataclasses.replace(target, params=params), requests(4, seed=3)
+    for request in asked:
+        request["prompt_ids"] = [token for token in request["prompt_ids"] if token != 7] or [1]
+    asked[1]["prompt_ids"] = [*asked[1]["prompt_ids"], 7, 3]
+    asked[1]["stop_tokens"] = []
+    alone = Alone(broken, sm.NoDrafter())
+    with sm.Engine(broken, config=CONFIG, slots=1) as engine:  # every request in the same slot
+        tickets = [engine.submit(**request) for request in asked]
+        with pytest.raises(sm.NotFiniteError, match=r"token \d+ of the prompt \(id 7\) is not finite"):
+            tickets[1].result()
+        for request, ticket in zip(asked, tickets, strict=True):
+            if ticket is not tickets[1]:
+                try:
+                    assert ticket.result().tokens.tolist() == alone.tokens(request)
+                except sm.NotFiniteError as error:  # it has drawn the token itself
+                    assert list(error.tokens) == alone.tokens(request)
+
+
+def test_what_no_engine_can_do_is_refused(target, engine):
+    for slots in (0, -1, 1.5, True):
+        with pytest.raises(sm.UserError, match="'slots'"):
+            sm.Engine(target, slots=slots)
+    with pytest.raises(sm.UserError, match="verifies at most 64 rows at once; 65 slots of 1 nodes are 65"):
+        sm.Engine(target, config=dataclasses.replace(CONFIG, reproducible=True), slots=65)
+    with pytest.raises(sm.UserError, match=r"sampled by Greedy\(\) or Sampling"):
+        sm.Engine(target, config=dataclasses.replace(CONFIG, sampling=RequestSampling()))
+    for prompt, message in [([], "at least one token id"), ([99], "99"), ([1] * 96, "96 tokens")]:
+        with pytest.raises(sm.UserError, match=message):
+            engine.submit(prompt)
+    for options, message in [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature"),
+                             ({"top_p": 0}, "top_p"), ({"min_p": 2}, "min_p"),
+                             ({"stop_tokens": range(17)}, "at most 16 stop tokens; found 17")]:
+        with pytest.raises(sm.UserError, match=message):
+            engine.submit([1], **options)
+    waiting = engine.submit([1, 2])
+    engine.close()
+    with pytest.raises(sm.UserError, match="^the engine is closed$"):
+        waiting.result()
+    with pytest.raises(sm.UserError, match="^the engine is closed$"):
+        engine.submit([1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "w4a16", "w8a8", "w4a8-qqq-g128"])
+def test_reproducible_answers_have_the_tokens_of_one_by_one_on_gpu(precision):
+    config = tiny_config(vocab_size=4096, hidden_size=512, intermediate_size=1024, head_dim=64, num_heads=8, num_kv_heads=4,
+                         num_layers=4)
+    target = sm.random_model(config, precision, seed=0)
+    for drafter in (sm.NoDrafter(), sm.EagleDrafter(random_head(target, 3, seed=1), sm.TreeConfig(depth=3, top_k=4, size=8))):
+        how = sm.DecodeConfig(max_len=400, reproducible=True)
+        alone = sm.Decoder(target, drafter, how)
+        asked = [(request["prompt_ids"], 60) for request in requests(12, seed=5, vocab=4096)]
+        with sm.Engine(target, drafter, how, slots=8) as engine:
+            tickets = [engine.submit(*request) for request in asked]
+            for request, ticket in zip(asked, tickets, strict=True):
+                assert ticket.result().tokens.tolist() == alone.generate(*request).tokens.tolist()
