@@ -24,18 +24,13 @@ from rich.console import Console
 from experiments.display import tables
 from experiments.display.cells import milliseconds, number, part
 from experiments.running import flags, methods
-from experiments.timing import device, step_times
-from experiments.timing.random_models import Drafting
-from experiments.timing.sizes import SHAPES, shape, small_shape
+from experiments.timing import bench_flags, device, step_times
+from experiments.timing.sizes import shape, small_shape
 from experiments.timing.step_times import PARTS, PREFILL_RUNS, Measure, Settings
-from specmq_jax import formats
 from specmq_jax.commands import entry
 from specmq_jax.decoding.config import TreeConfig
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
-
-_SHARED = ("precision", "methods", "draft_precision", "draft_length", "min_draft_length", "draft_model_start", "tree_depth",
-           "tree_top_k", "tree_size", "reproducible")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -163,53 +158,17 @@ def _write(file: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 def _settings() -> Settings:
     given = absl_flags.FLAGS
-    chosen = _chosen("methods", given.methods or ["baseline", "eagle2"], methods.NAMES)
-    precisions = tuple(formats.get(name).name for name in (given.precision or "w4a16").split(","))
-    drafting = Drafting(
-        tree=_tree(given.tree_depth, given.tree_top_k, given.tree_size, TreeConfig()), vocabulary=given.draft_vocab,
-        small=shape(given.draft_shape or small_shape(given.shape)),
-        precision=formats.get(given.draft_precision or "w4a16").name, length=given.draft_length,
-        inner=_tree(given.inner_depth, given.inner_top_k, given.inner_size, Drafting.inner),
-        min_length=given.min_draft_length or Drafting.min_length, model_start=given.draft_model_start)
     return Settings(
-        config=shape(given.shape), precisions=precisions, methods=chosen,
-        head_precision=formats.get(given.head_precision).name if given.head_precision else None, drafting=drafting,
-        parts=_chosen("parts", given.parts, PARTS), contexts=_counts("contexts"), rows=_counts("rows"),
-        prefill=_counts("prefill"), runs=given.runs, reproducible=given.reproducible)
-
-
-def _tree(depth: int | None, top_k: int | None, size: int | None, default: TreeConfig) -> TreeConfig:
-    """The default's size is cut to what the other two allow."""
-    depth, top_k = depth or default.depth, top_k or default.top_k
-    return TreeConfig(depth=depth, top_k=top_k, size=size or TreeConfig.fitting(depth, top_k, default.size).size)
-
-
-def _chosen(flag: str, found: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    for name in found:
-        if name not in known:
-            raise UserError(f"--{flag} names {name!r}, which is not known; choose of {', '.join(known)}")
-    if not found or len(set(found)) < len(found):
-        raise UserError(f"--{flag}={','.join(found)} must name one or more of {', '.join(known)}, each once")
-    return tuple(found)
-
-
-def _counts(flag: str) -> tuple[int, ...]:
-    found = absl_flags.FLAGS[flag].value
-    if not found or not all(item.isdecimal() and int(item) > 0 for item in found):
-        raise UserError(f"--{flag}={','.join(found)} must list whole numbers above 0")
-    return tuple(dict.fromkeys(map(int, found)))
+        config=shape(given.shape), precisions=bench_flags.precisions(), head_precision=bench_flags.head_precision(),
+        methods=bench_flags.methods(methods.NAMES, "baseline", "eagle2"), drafting=bench_flags.drafting(TreeConfig()),
+        parts=bench_flags.chosen("parts", PARTS), contexts=bench_flags.counts("contexts"), rows=bench_flags.counts("rows"),
+        prefill=bench_flags.counts("prefill"), runs=given.runs, reproducible=given.reproducible)
 
 
 def declare_flags() -> None:
     """Declares the command's flags; not at import, where they would clash with those of other commands."""
-    for name in _SHARED:
-        absl_flags.declare_key_flag(name)
-    absl_flags.DEFINE_string("shape", "llama3-8b", f"Sizes of the target: {', '.join(SHAPES)}, or a directory with a "
-                             "Hugging Face config.json, of which only the sizes are read.")
-    absl_flags.DEFINE_string("draft_shape", None, "Sizes of the small model of methods spec and hier, given like --shape. "
-                             "Default: llama3-8b for llama3-70b, llama3-1b for llama3-8b, the target's own for others.")
-    absl_flags.DEFINE_string("head_precision", None, "Of the target's lm_head, by which an EAGLE-2 head drafts, too. "
-                             "Default: dense.")
+    bench_flags.declare_flags()
+    absl_flags.adopt_module_key_flags(bench_flags)
     absl_flags.DEFINE_list("parts", list(PARTS), "What to measure: verify, T_v(n); draft, each method's drafting; step, its "
                            "verification and its whole rounds; prefill, tokens a second of prompts.")
     absl_flags.DEFINE_list("contexts", ["512", "4096", "16384"], "Tokens in the cache before a step. One cache serves all.")
@@ -218,14 +177,6 @@ def declare_flags() -> None:
                            f"{PREFILL_RUNS} runs each.")
     absl_flags.DEFINE_integer("runs", 30, "Runs of each loop, of about 40 ms and at most 64 steps each; at least 30 make the "
                               "spread mean something.", lower_bound=1)
-    absl_flags.DEFINE_integer("draft_vocab", None, "Tokens that an EAGLE head scores, as with a frequency-ranked vocabulary; 0 "
-                              "is all. Default: all for EAGLE-2, 32000 for EAGLE-3.", lower_bound=0)
-    absl_flags.DEFINE_integer("inner_depth", None, "Levels of the tree that drafts for hier's small model. Default: 3.",
-                              lower_bound=1)
-    absl_flags.DEFINE_integer("inner_top_k", None, "Candidates of each of its nodes, and nodes kept of each level. "
-                              "Default: 10.", lower_bound=1)
-    absl_flags.DEFINE_integer("inner_size", None, "Nodes of it that the small model verifies, the root counted. Default: 30, "
-                              "fewer where the other two allow no more.", lower_bound=2)
     absl_flags.DEFINE_float("bandwidth", None, "Memory bandwidth of the floor, in GB/s, 1e9 bytes a second. Default: that of a "
                             "large copy behind each figure, bytes read and written.", lower_bound=1e-3)
     absl_flags.DEFINE_string("json", None, "Also write all figures, and the times of every run, into this file, again behind "

@@ -23,7 +23,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "demo_prompts": "checkpoints_tools.demo_prompts",
     },
     "Speed of this device": {
-        "decode_bench": "experiments.decode_bench", "kernel_bench": "experiments.kernel_bench", "tune": "experiments.tune",
+        "decode_bench": "experiments.decode_bench", "batch_bench": "experiments.batch_bench",
+        "kernel_bench": "experiments.kernel_bench", "tune": "experiments.tune",
     },
 }
 """The commands' modules by name, in groups. A command is also known by its module's own name (mt_bench)."""

@@ -159,6 +159,18 @@ def _place(group: int, bar: Bar, present: Sequence[Bar], series: Sequence[str]) 
     return group + (order.index(series.index(bar.series)) - (len(order) - 1) / 2) * 0.8 / len(series)
 
 
+def plot_throughput(curves: Mapping[str, Sequence[tuple[float, float]]], path: pathlib.Path, *, title: str) -> None:
+    """Draws tokens/s of all sequences against those of one, a point a batch size; both axes are logarithmic."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    panel = figure.subplots()
+    for name, points in curves.items():
+        panel.plot(*zip(*points, strict=True), marker="o", label=name)
+    panel.set(xscale="log", yscale="log", xlabel="tokens/s of a user", ylabel="tokens/s of all", title=title)
+    panel.grid(visible=True, which="both", alpha=0.3)
+    panel.legend(fontsize="small")
+    save(figure, path)
+
+
 def plot_heat_maps(maps: Sequence[HeatMap], path: pathlib.Path, *, unit: str, title: str) -> None:
     """Draws the panels side by side, three in a row at most, each with its values in its fields, as a PNG."""
     across = min(len(maps), 3)
