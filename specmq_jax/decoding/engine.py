@@ -47,7 +47,10 @@ class Engine:
     else is decoded, up to numerical ties; with `reproducible` to the bit. Nothing happens in the background: iterating over
     tickets, waiting for results and `step` drive all requests. All methods may be called from any thread. Attribute `admitted`
     counts the requests that have been given a slot, `active` those of the newest call, `waited` the seconds that the host has
-    waited for the device.
+    waited for the device, `reused` the tokens of prompts that a slot still held.
+
+    A request whose prompt begins like what a free slot holds, as the next turn of a chat does, goes on behind that, but not
+    with `reproducible`: rows that were decoded have other last bits than those of a prompt.
     """
 
     def __init__(self, target: Model, drafter: Drafter | None = None, config: DecodeConfig | None = None, *,
@@ -92,8 +95,10 @@ class Engine:
         self._entering: tuple[Ticket, Iterator[Any]] | None = None
         self._pending: list[tuple[list[Ticket | None], Any]] = []
         self._free = list(range(slots))
+        self._holders: list[Ticket | None] = [None] * slots
+        self._held = [np.zeros(0, np.int32)] * slots
         self._arrivals, self._driving, self._is_closed = threading.Lock(), threading.RLock(), False
-        self.admitted, self.active, self.waited = 0, 0, 0.0
+        self.admitted, self.active, self.reused, self.waited = 0, 0, 0, 0.0
 
     def __repr__(self) -> str:
         drafter = "" if isinstance(self.drafter, NoDrafter) else f"{self.drafter!r}, "
@@ -183,7 +188,7 @@ class Engine:
             request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), is_sampled=False,
                                stop_tokens=())
             for size in self._chunks:
-                chunk = Chunk(np.zeros(size, np.int32), np.zeros(size, np.int32), np.int32(1), np.int32(0))
+                chunk = Chunk(np.zeros(size, np.int32), np.zeros(size, np.int32), np.int32(1), np.int32(0), np.bool_(True))
                 self._state = self._take_in(self.params, self._state, np.int32(0), chunk)
                 self._state, _ = self._admit(self.params, self._state, np.int32(0), chunk, self._asked(request))
             jax.block_until_ready(self._state)
@@ -246,30 +251,48 @@ class Engine:
             if not self._free or not self._waiting:
                 return False
             ticket = self._waiting.popleft()
-        ticket.slot = self._free.pop(0)
+        shared = {slot: self._shared(slot, ticket.request.prompt) for slot in self._free}
+        ticket.slot = max(self._free, key=lambda slot: (shared[slot], -self._free.index(slot)))  # else the one free the longest
+        ticket.reused = shared[ticket.slot]
+        self.reused += ticket.reused
+        self._free.remove(ticket.slot)
+        self._holders[ticket.slot], self._held[ticket.slot] = ticket, np.zeros(0, np.int32)
         ticket.times.append(time.perf_counter())
         self._entering = ticket, self._chunks_of(ticket)
         return True
 
     def _chunks_of(self, ticket: Ticket) -> Iterator[int]:
         """Takes in one chunk of the prompt after another, gives its rows, and starts the sequence with the last."""
-        request, slot = ticket.request, ticket.slot
+        request, slot, start = ticket.request, ticket.slot, ticket.reused
         following = np.append(request.prompt[1:], 0).astype(np.int32)
-        parts = list(zip(split_prompt(request.prompt, self._chunks), split_prompt(following, self._chunks), strict=True))
-        start = 0
+        parts = list(zip(split_prompt(request.prompt[start:], self._chunks), split_prompt(following[start:], self._chunks),
+                         strict=True))
         for (tokens, count), (behind, _) in parts[:-1]:
-            chunk = Chunk(tokens, behind, count, np.int32(start))
+            chunk = Chunk(tokens, behind, count, np.int32(start), np.bool_(start == ticket.reused))
             self._state = self._take_in(self.params, self._state, np.int32(slot), chunk)
             start += int(count)
             yield len(tokens)
         (tokens, count), (behind, _) = parts[-1]
-        self._state, first = self._admit(self.params, self._state, np.int32(slot),
-                                         Chunk(tokens, behind, count, np.int32(start)), self._asked(request))
+        chunk = Chunk(tokens, behind, count, np.int32(start), np.bool_(start == ticket.reused))
+        self._state, first = self._admit(self.params, self._state, np.int32(slot), chunk, self._asked(request))
         self._running[slot] = ticket
         self.admitted += 1
         ticket.coming += 1
         self._pending.append(([ticket], first))
         yield len(tokens)
+
+    def _shared(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> int:
+        """Tokens of a prompt that need not be taken in again where a slot is free: those that it begins with like what the slot
+        holds, but for the last of them, behind which a drafter may read on."""
+        held = self._held[slot][:len(prompt) - 1]
+        differing = np.flatnonzero(held != prompt[:len(held)])
+        return max(0, (int(differing[0]) if len(differing) else len(held)) - 1)
+
+    def _keep(self, ticket: Ticket) -> None:
+        """Notes what the slot of a request that has ended holds; its drafter may not have taken in the last two tokens."""
+        can_reuse = not self.config.reproducible and getattr(self.drafter, "resumes", False)
+        if can_reuse and ticket.error is None and self._holders[ticket.slot] is ticket:
+            self._held[ticket.slot] = np.asarray([*ticket.request.prompt, *ticket.tokens][:-2], np.int32)
 
     def _asked(self, request: Request) -> Asked:
         tokens = np.zeros(self._capacity, np.int32)
@@ -363,6 +386,8 @@ class Engine:
                 prefill_seconds=first - admitted, draft_prefill_seconds=0.0, draft_accept_lengths=inner,
                 stopped=len(request.prompt) + len(everything) < request.limit or everything[-1] in request.stop_tokens)
         ticket.tokens = everything
+        if done:
+            self._keep(ticket)
         if done and self._running.get(slot) is ticket:
             del self._running[slot]
             self._free.append(slot)

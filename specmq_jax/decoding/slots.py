@@ -24,12 +24,14 @@ MOST_STOP_TOKENS = 16
 
 
 class Chunk(flax.struct.PyTreeNode):
-    """Tokens of a prompt from `start` on, `count` of them and padding, and the token behind each."""
+    """Tokens of a prompt from `start` on, `count` of them and padding, and the token behind each. The first chunk `begins`: of
+    what the slot held before, only rows below `start` are left."""
 
     tokens: Int32[Any, "M"]
     following: Int32[Any, "M"]
     count: Int32[Any, ""]
     start: Int32[Any, ""]
+    begins: Bool[Any, ""]
 
 
 class Asked(flax.struct.PyTreeNode):
@@ -113,12 +115,11 @@ class Slots:
         return side_by_side.put(state, one, slot), First(token=first, fault=fault, done=done)
 
     def _pass(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> tuple[Any, ...]:
-        """The target's pass over a chunk, and the drafter's state in which it goes on; both are empty before a prompt."""
-        begins = chunk.start == 0
+        """The target's pass over a chunk, and the drafter's state in which it goes on."""
         part = side_by_side.take(state, slot)
-        fault = jnp.where(begins, -1, part.fault)
+        fault = jnp.where(chunk.begins, -1, part.fault)
         passed = self.rounds.ingest(params[0], part.cache.rewind(chunk.start), chunk.tokens, chunk.count, fault)
-        return *passed, side_by_side.emptied(part.drafter, self._empty_drafter(), begins)
+        return *passed, side_by_side.emptied(part.drafter, self._empty_drafter(), chunk.begins, chunk.start)
 
     def run(self, params: Params, state: DecodeState, slots: Int32[Array, "N"], draws: bool
                    ) -> tuple[DecodeState, Report]:

@@ -63,11 +63,12 @@ def put(state: PyTree, part: PyTree, slots: Int32[Array, "*N"]) -> PyTree:
                         is_leaf=_is_layer)
 
 
-def emptied(part: PyTree, empty: PyTree, where: Bool[Array, ""]) -> PyTree:
-    """One sequence's state or, where it is asked for, an empty one as that given, in the same slot."""
+def emptied(part: PyTree, empty: PyTree, where: Bool[Array, ""], length: Int32[Array, ""]) -> PyTree:
+    """One sequence's state or, where it is asked for, an empty one as that given, in the same slot, whose caches keep so many
+    rows."""
     def one(part: Any, empty: Any) -> Any:
         if isinstance(part, KVCache):
-            return part.rewind(jnp.where(where, empty.length, part.length))
+            return part.rewind(jnp.where(where, length, part.length))
         return jnp.where(_aligned(where, part), empty, part)
 
     return jax.tree.map(one, part, empty, is_leaf=_is_cache)

@@ -61,6 +61,10 @@ class ChainDrafter:
         return self.model.params
 
     @property
+    def resumes(self) -> bool:
+        return True
+
+    @property
     def tree_size(self) -> int:
         return self.length + 1
 

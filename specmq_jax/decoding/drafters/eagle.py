@@ -100,6 +100,10 @@ class EagleDrafter:
         return self.head.capture
 
     @property
+    def resumes(self) -> bool:
+        return True
+
+    @property
     def tree_size(self) -> int:
         return self.tree.size
 

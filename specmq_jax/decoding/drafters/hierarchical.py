@@ -92,6 +92,10 @@ class HierarchicalDrafter:
         return self.min_draft_length + self.inner.max_depth
 
     @property
+    def resumes(self) -> bool:
+        return True
+
+    @property
     def tree_size(self) -> int:
         return self.max_depth + 1
 

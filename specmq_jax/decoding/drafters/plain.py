@@ -18,6 +18,7 @@ class NoDrafter:
     tree_size: int = 1
     scratch_rows: int = 0
     max_depth: int = 0
+    resumes: bool = True
 
     def __repr__(self) -> str:
         return "NoDrafter()"

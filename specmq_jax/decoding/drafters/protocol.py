@@ -33,6 +33,12 @@ class Drafter(Protocol):
         """Cache rows behind the committed ones that `propose` may write."""
 
     @property
+    def resumes(self) -> bool:
+        """Whether an empty state, but for caches that keep their first n rows, is one that has taken in n tokens.
+
+        An engine takes a drafter that doesn't say for one whose isn't."""
+
+    @property
     def max_depth(self) -> int:
         """Deepest level of drafted tokens."""
 

@@ -57,17 +57,15 @@ class Alone:
         return found[:stops[0] + 1] if stops else found
 
 
-def check(target, drafter, asked, slots, seed):
+def check(engine, alone, asked, seed):
     """Requests join at random moments, and each gives its own tokens."""
-    alone, rng = Alone(target, drafter), np.random.default_rng(seed)
-    with sm.Engine(target, drafter, CONFIG, slots=slots) as engine:
-        tickets = []
-        for request in asked:
-            tickets.append(engine.submit(**request))
-            for _ in range(rng.integers(0, 3)):
-                engine.step()
-        found = [ticket.result() for ticket in tickets]
-    for request, result in zip(asked, found, strict=True):
+    rng, tickets = np.random.default_rng(seed), []
+    for request in asked:
+        tickets.append(engine.submit(**request))
+        for _ in range(rng.integers(0, 3)):
+            engine.step()
+    for request, ticket in zip(asked, tickets, strict=True):
+        result = ticket.result()
         assert result.tokens.tolist() == alone.tokens(request)
         committed = len(result.tokens) - 1
         assert result.accept_lengths.sum() >= committed > result.accept_lengths[:-1].sum() or not committed
@@ -75,43 +73,55 @@ def check(target, drafter, asked, slots, seed):
                                   or int(result.tokens[-1]) in request["stop_tokens"])
 
 
+@pytest.fixture(scope="module")
+def pairs(target, drafters):
+    """An engine of three slots for each drafter, and what its requests are compared with."""
+    found = {}
+
+    def pair(name):
+        if name not in found:
+            found[name] = sm.Engine(target, drafters[name], CONFIG, slots=3), Alone(target, drafters[name])
+        return found[name]
+
+    yield pair
+    for engine, _ in found.values():
+        engine.close()
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_requests_that_join_and_leave_give_their_own_tokens(target, drafters, name):
-    check(target, drafters[name], requests(9), slots=3, seed=0)
+def test_requests_that_join_and_leave_give_their_own_tokens(pairs, name):
+    check(*pairs(name), requests(9), seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_any_number_of_slots_gives_the_same(target, drafters, name, slots):
-    check(target, drafters[name], requests(40, seed=slots), slots, seed=slots)
+    with sm.Engine(target, drafters[name], CONFIG, slots=slots) as engine:
+        check(engine, Alone(target, drafters[name]), requests(40, seed=slots), seed=slots)
 
 
-@pytest.fixture
-def engine(target):
-    with sm.Engine(target, config=CONFIG, slots=2) as engine:
-        yield engine
-
-
-def test_lists_come_as_they_are_committed_and_a_cancelled_request_leaves_the_others_alone(target, engine):
-    asked, alone = requests(4, seed=1), Alone(target, sm.NoDrafter())
+def test_lists_come_as_they_are_committed_and_a_cancelled_request_leaves_the_others_alone(pairs):
+    (engine, alone), asked = pairs("none"), requests(5, seed=1)
     for request in asked:
         request.update(max_new_tokens=40, stop_tokens=[])
-    first, second, third, fourth = (engine.submit(**request) for request in asked)
+    first, second, third, _, last = (engine.submit(**request) for request in asked)
     parts = iter(first)
     begun = next(parts) + next(parts)
     first.cancel()
-    fourth.cancel()  # which still waits
-    for ticket in (first, fourth):
+    last.cancel()  # which still waits
+    for ticket in (first, last):
         with pytest.raises(sm.UserError, match="^the request was cancelled$"):
             ticket.result()
     assert [list(ticket.result().tokens) for ticket in (second, third)] == [alone.tokens(each) for each in asked[1:3]]
     assert begun == alone.tokens(asked[0])[:len(begun)] and 1 < len(begun) < 40
-    assert engine.running == engine.waiting == 0 and engine.step() is False
+    while engine.step():
+        pass
+    assert engine.running == engine.waiting == 0
 
 
-def test_requests_of_several_threads_are_all_answered(target, engine):
-    asked, found = requests(6, seed=2), {}
+def test_requests_of_several_threads_are_all_answered(pairs):
+    (engine, alone), asked, found = pairs("none"), requests(6, seed=2), {}
 
     def ask(place):
         found[place] = engine.submit(**asked[place]).result().tokens.tolist()
@@ -121,7 +131,6 @@ def test_requests_of_several_threads_are_all_answered(target, engine):
         thread.start()
     for thread in threads:
         thread.join()
-    alone = Alone(target, sm.NoDrafter())
     assert [found[place] for place in range(len(asked))] == [alone.tokens(request) for request in asked]
 
 
@@ -158,7 +167,8 @@ def test_a_state_that_is_not_finite_ends_its_own_request_alone(target):
                     assert list(error.tokens) == alone.tokens(request)
 
 
-def test_what_no_engine_can_do_is_refused(target, engine):
+def test_what_no_engine_can_do_is_refused(target):
+    engine = sm.Engine(target, config=CONFIG, slots=1)
     for slots in (0, -1, 1.5, True):
         with pytest.raises(sm.UserError, match="'slots'"):
             sm.Engine(target, slots=slots)
@@ -180,6 +190,32 @@ def test_what_no_engine_can_do_is_refused(target, engine):
         waiting.result()
     with pytest.raises(sm.UserError, match="^the engine is closed$"):
         engine.submit([1])
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_prompt_goes_on_behind_what_a_slot_holds(pairs, name):
+    """The turns of two chats, and a prompt that shares only its beginning with one of them."""
+    (engine, alone), rng = pairs(name), np.random.default_rng(9)
+    chats, before = [rng.integers(0, 61, 18).tolist() for _ in range(2)], engine.reused
+    for _ in range(2):
+        asked = [{"prompt_ids": list(chat), "max_new_tokens": 7, "stop_tokens": []} for chat in chats]
+        tickets = [engine.submit(**request) for request in asked]
+        for chat, request, ticket in zip(chats, asked, tickets, strict=True):
+            answer = ticket.result().tokens.tolist()
+            assert answer == alone.tokens(request)
+            chat += [*answer, *rng.integers(0, 61, 5).tolist()]
+    # what was committed, but for its last two tokens and one that is taken in again
+    assert [ticket.reused for ticket in tickets] == [18 + 7 - 3] * 2
+    other = {"prompt_ids": chats[0][:10] + [1, 2, 3], "max_new_tokens": 9, "stop_tokens": []}
+    ticket = engine.submit(**other)
+    assert ticket.result().tokens.tolist() == alone.tokens(other) and ticket.reused in (9, 10, 11)
+    assert engine.reused - before == 2 * 22 + ticket.reused
+
+
+def test_a_reproducible_request_takes_its_prompt_in_as_if_alone(target):
+    with sm.Engine(target, config=dataclasses.replace(CONFIG, reproducible=True), slots=1) as engine:
+        first, second = engine.generate([[1, 2, 3, 4] * 5] * 2, 4)
+        assert first.tokens.tolist() == second.tokens.tolist() and engine.reused == 0
 
 
 @pytest.mark.gpu
