@@ -129,10 +129,9 @@ def test_after_a_rejection_anywhere_all_levels_equal_a_fresh_prefill(family, sta
     inner = sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=16))
     drafter = sm.HierarchicalDrafter(base, inner, 3, start)
     decoder = sm.Decoder(base, drafter, sm.DecodeConfig(max_len=256))
-    advance, propose = jax.jit(drafter.advance), jax.jit(drafter.propose)
-    state = decoder.prefill(GOLDEN[f"{name}/p0/prompt"].tolist(), 64)
-    for _ in range(2):  # to where the head is good enough for chains of several lengths
-        state = decoder.round(state)
+    advance, propose, fresh = jax.jit(drafter.advance), jax.jit(drafter.propose), fresh_prefill(base, inner)
+    # to where the head is good enough for chains of several lengths
+    state = decoder.prefill([*GOLDEN[f"{name}/p0/prompt"], *GOLDEN[f"{name}/p0/R3k10S24/output_ids"][:6]], 64)
     *committed, root = state.tokens[:state.length].tolist()
     root, levels = jnp.int32(root), state.drafter
     lengths = set()
@@ -151,28 +150,35 @@ def test_after_a_rejection_anywhere_all_levels_equal_a_fresh_prefill(family, sta
                                 tokens=jnp.asarray(np.pad(new, (0, drafter.tree_size - count)), jnp.int32),
                                 count=jnp.int32(count))
             after, text = advance(drafter.params, levels, accepted), [*committed, int(root), *new[:-1]]
-            check_levels(decoder, drafter, after, text, new[-1])
+            check_levels(decoder, fresh, after, text, new[-1])
             outcomes.append((after, text, jnp.int32(new[-1])))
         levels, committed, root = outcomes[min(follow, len(outcomes)) - 1]
     assert len(lengths) > 1, "chains of several lengths must have been met"
 
 
-def check_levels(decoder, drafter, levels, committed, root):
+def fresh_prefill(base, inner):
+    """A function of a padded text, the token behind each of its tokens and its length, to the states of both levels."""
+    module = base.module.clone(capture=inner.capture)
+
+    def run(params, inner_params, text, following, count):
+        _, features, cache = module.apply(params, text, base.new_cache(256))
+        return cache, inner.prefill(inner_params, inner.init(256), text, following, features, count)
+
+    return functools.partial(jax.jit(run), base.params, inner.params)
+
+
+def check_levels(decoder, fresh, levels, committed, root):
     """Both caches over the live length, the feature and the token ahead, against new states of the same text."""
-    base, length = decoder.target, len(committed)
-    ahead = int(levels.ahead)
+    length, ahead = len(committed), int(levels.ahead)
     assert int(levels.position) == length and int(levels.cache.length) == int(levels.inner.cache.length) == length + ahead
     text = committed + [root] * ahead
     following = committed[1:] + [root] + [int(levels.token)] * ahead
-    module = base.module.clone(capture=drafter.inner.capture)
-    padded = lambda tokens: jnp.asarray(np.pad(tokens, (0, 128 - len(text))), jnp.int32)  # noqa: E731
-    _, features, cache = jax.jit(module.apply)(base.params, padded(text), base.new_cache(256))
     if ahead:
         assert decoder.next_logits(text).argmax() == int(levels.token)
-    inner = jax.jit(drafter.inner.prefill)(drafter.inner.params, drafter.inner.init(256), padded(text), padded(following),
-                                           features, jnp.int32(len(text)))
-    for kept, fresh in ((levels.cache, cache), (levels.inner.cache, inner.cache)):
-        for a, b in zip(jax.tree.leaves(kept.layers), jax.tree.leaves(fresh.layers), strict=True):
+    padded = lambda tokens: jnp.asarray(np.pad(tokens, (0, 128 - len(text))), jnp.int32)  # noqa: E731
+    cache, inner = fresh(padded(text), padded(following), jnp.int32(len(text)))
+    for kept, new in ((levels.cache, cache), (levels.inner.cache, inner.cache)):
+        for a, b in zip(jax.tree.leaves(kept.layers), jax.tree.leaves(new.layers), strict=True):
             np.testing.assert_allclose(np.asarray(a)[:len(text)], np.asarray(b)[:len(text)], rtol=2e-3, atol=2e-4)
     np.testing.assert_allclose(levels.inner.feature, inner.feature, rtol=2e-3, atol=2e-3)
 
