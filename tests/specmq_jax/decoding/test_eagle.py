@@ -83,8 +83,10 @@ def test_features_and_best_tokens_of_the_prompt_equal_the_official_ones(family):
         assert np.mean(ids[best] == GOLDEN[key + "top10_ids"]) > 0.99
 
 
-@pytest.mark.parametrize("tree", [sm.TreeConfig(depth=1, top_k=8, size=8), sm.TreeConfig(depth=3, top_k=4, size=13),
-                                  sm.TreeConfig(depth=5, top_k=8, size=32), sm.TreeConfig(depth=4, top_k=10, size=100)])
+@pytest.mark.parametrize("tree", [
+    sm.TreeConfig(depth=1, top_k=8, size=8), sm.TreeConfig(depth=4, top_k=10, size=100),
+    *(pytest.param(tree, marks=pytest.mark.slow)
+      for tree in (sm.TreeConfig(depth=3, top_k=4, size=13), sm.TreeConfig(depth=5, top_k=8, size=32)))])
 def test_no_tree_shape_changes_a_token(family, expected, tree):
     _, base, head = family
     decoder = sm.Decoder(base, sm.EagleDrafter(head, tree), sm.DecodeConfig(max_len=256))
@@ -94,8 +96,8 @@ def test_no_tree_shape_changes_a_token(family, expected, tree):
 
 
 @pytest.mark.parametrize(("middle", "start"), [
-    ("fp32", False), ("w4a16-g64", True), *(pytest.param(*pair, marks=pytest.mark.slow)
-                                            for pair in (("fp32", True), ("w4a16-g64", False)))])
+    ("w4a16-g64", True), *(pytest.param(*pair, marks=pytest.mark.slow)
+                           for pair in (("fp32", False), ("fp32", True), ("w4a16-g64", False)))])
 def test_the_hierarchy_changes_no_token(family, expected, middle, start):
     name, base, _ = family
     small = base.with_precision(middle)
@@ -110,16 +112,24 @@ def test_the_hierarchy_changes_no_token(family, expected, middle, start):
 
 
 def test_sampled_trees_draw_the_tokens_of_plain_sampling(family):
-    name, base, head = family
-    config = sm.DecodeConfig(max_len=256, sampling=sm.Sampling(temperature=0.9, top_k=50))
-    plain = sm.Decoder(base, config=config)
+    _, base, head = family
+    check_sampled(base, sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=16)))
+
+
+@pytest.mark.parametrize("family", ["eagle2", pytest.param("eagle3", marks=pytest.mark.slow)], indirect=True)
+def test_a_sampled_hierarchy_draws_the_tokens_of_plain_sampling(family):
+    _, base, head = family
     inner = sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=16))
-    for drafter in (inner, sm.HierarchicalDrafter(base, inner, 4)):
-        decoder = sm.Decoder(base, drafter, config)
-        for seed, prompt in enumerate(prompts(10)):
-            tokens = plain.generate(prompt, 24, seed=seed).tokens.tolist()
-            assert decoder.generate(prompt, 24, seed=seed).tokens.tolist() == tokens
-            assert [t for part in decoder.stream(prompt, 24, seed=seed, rounds=2) for t in part] == tokens
+    check_sampled(base, sm.HierarchicalDrafter(base, inner, 4))
+
+
+def check_sampled(base, drafter):
+    config = sm.DecodeConfig(max_len=256, sampling=sm.Sampling(temperature=0.9, top_k=50))
+    plain, decoder = sm.Decoder(base, config=config), sm.Decoder(base, drafter, config)
+    for seed, prompt in enumerate(prompts(10)):
+        tokens = plain.generate(prompt, 24, seed=seed).tokens.tolist()
+        assert decoder.generate(prompt, 24, seed=seed).tokens.tolist() == tokens
+        assert [t for part in decoder.stream(prompt, 24, seed=seed, rounds=2) for t in part] == tokens
 
 
 @pytest.mark.parametrize("start", [pytest.param(False, marks=pytest.mark.slow), True])
