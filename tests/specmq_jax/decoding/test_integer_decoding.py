@@ -8,7 +8,7 @@ from fakes import DATA, expanded, tiny_config
 import specmq_jax as sm
 
 PRECISIONS = ["w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128"]
-CONFIG = sm.DecodeConfig(max_len=256, prefill_chunks=(16, 64))
+CONFIG = sm.DecodeConfig(max_len=256, prefill_chunks=(32,))
 TREE = sm.TreeConfig(depth=3, top_k=4, size=12)
 
 
