@@ -27,7 +27,7 @@ def greedy_by_full_passes(model, prompt, count):
 
 
 def test_plain_decoding_equals_repeated_full_forward_passes(tiny, plain):
-    assert plain.generate(PROMPTS[0], 12).tokens.tolist() == greedy_by_full_passes(tiny, PROMPTS[0], 12)
+    assert plain.generate(PROMPTS[0], 5).tokens.tolist() == greedy_by_full_passes(tiny, PROMPTS[0], 5)
 
 
 def test_every_token_of_plain_decoding_is_the_best_of_a_full_forward_pass(tiny, plain):
@@ -49,9 +49,10 @@ def test_a_chain_drafter_changes_no_token(tiny, tiny_draft, plain, length):
     assert set(accept_lengths) >= {1, length + 1}, "rejections and full acceptances must both have been met"
 
 
-@pytest.mark.parametrize(("size", "skill"), [(1, 1.0), (2, 1.0), (7, 0.9), (33, 0.7), (60, 0.9), (100, 0.8)])
+@pytest.mark.parametrize(("size", "skill"), [
+    (1, 1.0), (2, 1.0), (7, 0.9), pytest.param(33, 0.7, marks=pytest.mark.slow), (60, 0.9), (100, 0.8)])
 def test_a_tree_drafter_of_any_size_changes_no_token(tiny, plain, size, skill):
-    for seed, prompt in enumerate(PROMPTS[:6:2]):
+    for seed, prompt in enumerate(PROMPTS[:6:3]):
         expected = plain.generate(prompt, NEW).tokens
         truth = np.concatenate([prompt, expected])
         drafter = OracleDrafter.random(truth, size=size, vocab=61, skill=skill, seed=seed)
@@ -65,15 +66,16 @@ def test_a_stop_token_cuts_the_output_wherever_it_stands_in_an_accepted_run(tiny
     prompt = PROMPTS[4]
     expected = plain.generate(prompt, NEW).tokens.tolist()
     self_draft = sm.ChainDrafter(tiny, length)
-    for place in range(2 * length):
+    for place in range(length + 2):  # the first token, and all of a run
         stop = expected[place]
         cut = expected[:expected.index(stop) + 1]
         config = sm.DecodeConfig(max_len=256, stop_tokens=(stop,))
-        for drafter in (None, self_draft):
-            decoder = sm.Decoder(tiny, drafter, config)
-            found = decoder.generate(prompt, NEW)
-            assert found.tokens.tolist() == cut and found.stopped
+        decoder = sm.Decoder(tiny, self_draft, config)
+        found = decoder.generate(prompt, NEW)
+        assert found.tokens.tolist() == cut and found.stopped
         assert [t for part in decoder.stream(prompt, NEW) for t in part] == cut
+    found = sm.Decoder(tiny, config=config).generate(prompt, NEW)
+    assert found.tokens.tolist() == cut and found.stopped
 
 
 @pytest.mark.parametrize(("short", "rounds", "sizes"), [
@@ -141,7 +143,7 @@ def test_sampled_speculation_draws_the_tokens_that_plain_sampling_draws(tiny, ti
 
 def test_sampled_speculation_has_the_targets_distribution():
     vocab, prompt, draws = 7, [3, 1, 4], 1500
-    model = sm.random_model(tiny_config(vocab_size=vocab), "fp32", seed=3)
+    model = sm.random_model(tiny_config(vocab_size=vocab, num_layers=1), "fp32", seed=3)
     sampling = sm.Sampling(temperature=1.5)
     decoder = sm.Decoder(model, sm.ChainDrafter(model.with_precision("w4a16-g32"), 3),
                          sm.DecodeConfig(max_len=64, sampling=sampling, prefill_chunks=(8,)))
@@ -183,7 +185,7 @@ def test_output_ends_where_the_cache_is_full(tiny):
 
 
 def test_a_round_reads_the_weights_once_and_moves_no_cache(tiny):
-    decoder = sm.Decoder(tiny, sm.ChainDrafter(tiny, 2), sm.DecodeConfig(max_len=64))
+    decoder = sm.Decoder(tiny, sm.ChainDrafter(tiny, 4), sm.DecodeConfig(max_len=32))
     state = decoder.prefill([1, 2, 3])
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)]
     state = decoder.round(state)

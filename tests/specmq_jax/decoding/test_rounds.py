@@ -68,7 +68,7 @@ def test_each_function_is_compiled_once_for_prompts_of_all_lengths(decoder, comp
     for length in (9, 30, 80):  # each chunk length, and both together
         use(decoder, 0, length)
     before = len(compiled)
-    for seed in range(50):
+    for seed in range(0, 50, 3):
         use(decoder, seed, 1 + 4 * seed)
     assert len(compiled) == before
     assert decoder._run._cache_size() == 1
