@@ -43,7 +43,8 @@ def check_bits(inner: int, columns: int, transposed: bool, dtype, config: Config
     x, weights, _ = problem(130, inner, columns, transposed, dtype)
     options = dict(transposed=transposed, reproducible=True, config=config, implementation=implementation)
     whole = np.asarray(matmul_partials(x, weights, **options))
-    for rows in (1, 2, 7, 16, 17, 33, 60, 64, 65):
+    # each is a compilation, and the interpreter's take a second
+    for rows in (1, 7, 33, 65) if implementation == "interpret" else (1, 2, 7, 16, 17, 33, 60, 64, 65):
         for first in (0, 5, 130 - rows):
             part = matmul_partials(x[first:first + rows], weights, **options)
             np.testing.assert_array_equal(part, whole[:, first:first + rows], err_msg=f"{rows} rows from {first}")
