@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -28,10 +28,10 @@ from specmq_jax.decoding.decode import (
     split_prompt,
 )
 from specmq_jax.decoding.drafters import Drafter, HierarchicalDrafter, NoDrafter
-from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
+from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey, RequestSampling
 from specmq_jax.decoding.rounds import Params, Rounds
 from specmq_jax.decoding.sampling import Greedy, Sampling
-from specmq_jax.decoding.slots import MOST_STOP_TOKENS, ROUNDS, Asked, Chunk, First, Slots
+from specmq_jax.decoding.slots import ROUNDS, Asked, Chunk, First, Slots
 from specmq_jax.decoding.tickets import Request, Ticket
 from specmq_jax.errors import UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
@@ -132,7 +132,8 @@ class Engine:
 
     def submit(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, temperature: float | None = None,
                top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0, seed: int | None = None,
-               stop_tokens: Sequence[int] | None = None) -> Ticket:
+               stop_tokens: Sequence[int] | None = None, min_tokens: int = 0,
+               logit_bias: Mapping[int, float] | None = None) -> Ticket:
         """Asks for a continuation.
 
         Args:
@@ -142,6 +143,8 @@ class Engine:
           min_p: the least probability that stays, as a part of the best token's.
           seed: of the sampling noise, by default the configuration's.
           stop_tokens: ids that end it, at most 16; by default the configuration's.
+          min_tokens: before so many none of them is drawn.
+          logit_bias: what is added to the logits of some tokens, by their ids, at most 64.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache, a setting outside its range,
@@ -154,13 +157,18 @@ class Engine:
         default = self.config.sampling if isinstance(self.config.sampling, Sampling) else None
         if temperature is None:
             temperature = default.temperature if default else 0.0
+        stops = self._stop_tokens(self.config.stop_tokens if stop_tokens is None else stop_tokens)
+        least = entries.integer("a request", "min_tokens", min_tokens, low=0)
+        for token in logit_bias or {}:
+            if entries.is_integer(token) and token >= self.target.config.vocab_size:
+                raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
         key = RequestKey.of(
             seed=self.config.seed if seed is None else seed, temperature=temperature,
             top_k=(default.top_k if default else 0) if top_k is None else top_k,
-            top_p=(default.top_p if default else 1.0) if top_p is None else top_p, min_p=min_p)
-        stops = self.config.stop_tokens if stop_tokens is None else stop_tokens
+            top_p=(default.top_p if default else 1.0) if top_p is None else top_p, min_p=min_p, logit_bias=logit_bias,
+            barred=stops if least else (), bar=len(prompt) + least if least else 0)
         ticket = Ticket(self, Request(
-            prompt=prompt, key=key, is_sampled=temperature > 0, stop_tokens=self._stop_tokens(stops),
+            prompt=prompt, key=key, draws=temperature > 0 or bool(logit_bias) or least > 0, stop_tokens=stops,
             limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))))
         with self._arrivals:
             if self._is_closed:
@@ -185,7 +193,7 @@ class Engine:
                     self._state, _ = self._run(self.params, self._state, slots, draws)
             if self._running or self._entering:
                 return  # what they need of chunks they have compiled, or will
-            request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), is_sampled=False,
+            request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False,
                                stop_tokens=())
             for size in self._chunks:
                 chunk = Chunk(np.zeros(size, np.int32), np.zeros(size, np.int32), np.int32(1), np.int32(0), np.bool_(True))
@@ -316,7 +324,7 @@ class Engine:
         slots = [*running, *(slot for slot, _ in zip(others, range(size - len(running)), strict=False))]
         if len(slots) < size:  # the slot that is being filled stands aside
             slots = [*slots, self._entering_slot]
-        draws = any(ticket.request.is_sampled for ticket in running.values())
+        draws = any(ticket.request.draws for ticket in running.values())
         self._state, report = self._run(self.params, self._state, np.asarray(slots, np.int32), draws)
         self._pending.append(([running.get(slot) for slot in slots], report))
         for slot, ticket in running.items():

@@ -1,16 +1,24 @@
 """Sampling whose settings are arrays, so that requests with settings of their own share one compiled loop."""
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from specmq_jax import entries
 from specmq_jax.decoding import sampling
 from specmq_jax.errors import UserError
 from specmq_jax.network import side_by_side
+
+MOST_BIASES, MOST_STOP_TOKENS = 64, 16
+"""Tokens of a request with a bias, and stop tokens: each has room for so many."""
+_NO_TOKEN = -1
 
 
 @flax.struct.dataclass
@@ -23,6 +31,8 @@ class RequestKey:
       top_p: f32 scalar in (0, 1].
       top_k: i32 scalar, how many of the best tokens stay; 0 keeps all.
       min_p: f32 scalar in [0, 1], the least probability that stays, as a part of the best token's; 0 keeps all.
+      biased, biases: i32[K] and f32[K], tokens, -1 for none, and what is added to their logits.
+      barred, bar: i32[S] and i32 scalar, tokens, -1 for none, that are not drawn at positions below the bar.
     """
 
     key: Array
@@ -30,21 +40,36 @@ class RequestKey:
     top_p: Float[Array, ""]
     top_k: Int32[Array, ""]
     min_p: Float[Array, ""]
+    biased: Int32[Array, "K"]
+    biases: Float[Array, "K"]
+    barred: Int32[Array, "S"]
+    bar: Int32[Array, ""]
 
     @classmethod
-    def of(cls, *, seed: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Self:
-        """On the default device; `seed` as in `sampling.seed_key`.
+    def of(cls, *, seed: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
+           logit_bias: Mapping[int, float] | None = None, barred: Sequence[int] = (), bar: int = 0) -> Self:
+        """On the default device; `seed` as in `sampling.seed_key`, `logit_bias` by token id, at most 64 of them.
 
         Raises:
           UserError: a setting outside its range.
         """
+        bias = logit_bias or {}
+        if len(bias) > MOST_BIASES:
+            raise UserError(f"a request has at most {MOST_BIASES} tokens with a bias; found {len(bias)}")
+        for token, value in bias.items():
+            if not entries.is_integer(token) or token < 0 or isinstance(value, bool) or not isinstance(
+                    value, int | float) or not math.isfinite(value):
+                raise UserError(f"logit_bias must map token ids to finite numbers; found {token!r}: {value!r}")
         sampling.Sampling(temperature=temperature or 1.0, top_k=top_k, top_p=top_p)  # whose checks these are
         if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
             raise UserError(f"min_p must lie in [0, 1]; found {min_p!r}")
         # a device may take a smaller number for the 0 of greedy decoding, in which tokens that tie don't share the draws
         least = float(jnp.finfo(jnp.float32).tiny) if temperature else 0.0
         return cls(key=sampling.seed_key(seed), temperature=jnp.float32(max(temperature, least)), top_p=jnp.float32(top_p),
-                   top_k=jnp.int32(top_k), min_p=jnp.float32(min_p))
+                   top_k=jnp.int32(top_k), min_p=jnp.float32(min_p),
+                   biased=_filled([*bias], MOST_BIASES, _NO_TOKEN, jnp.int32),
+                   biases=_filled([*bias.values()], MOST_BIASES, 0, jnp.float32),
+                   barred=_filled(barred, MOST_STOP_TOKENS, _NO_TOKEN, jnp.int32), bar=jnp.int32(bar))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +78,25 @@ class RequestSampling:
 
     def __call__(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey) -> Int32[Array, "T"]:
         """One token a row, i32[T]; `positions[i]` is the position of the token drawn after row i."""
+        asked = jnp.any(key.biased >= 0) | jnp.any(positions < key.bar)
+        logits = side_by_side.do_where(asked, _changed, logits.astype(jnp.float32), positions, key)
         return side_by_side.do_where(key.temperature > 0, _draw, sampling.best(logits), logits, positions, key)
+
+
+def _filled(values: Sequence[float], count: int, rest: float, dtype: jnp.dtype) -> Array:
+    return jnp.asarray(np.pad(np.asarray(values, dtype), (0, count - len(values)), constant_values=rest))
+
+
+def _changed(logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey) -> Float[Array, "T V"]:
+    """With the request's biases, and without what is barred where the drawn token will stand."""
+    none = logits.shape[1]  # beyond the last token, where nothing is written
+
+    def places(tokens: Int32[Array, "K"]) -> Int32[Array, "K"]:
+        return jnp.where(tokens < 0, none, tokens)
+
+    logits = logits.at[:, places(key.biased)].add(key.biases, mode="drop")
+    without = logits.at[:, places(key.barred)].set(-jnp.inf, mode="drop")
+    return jnp.where((positions < key.bar)[:, None], without, logits)
 
 
 def _draw(best: Int32[Array, "T"], logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey

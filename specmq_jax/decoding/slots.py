@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from specmq_jax.decoding.request_sampling import RequestKey
+from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey
 from specmq_jax.decoding.rounds import DecodeState, Params, Rounds
 from specmq_jax.decoding.sampling import Greedy
 from specmq_jax.loading.model import Model
@@ -19,8 +19,6 @@ from specmq_jax.network import side_by_side
 ROUNDS = 8
 """Rounds of a call: what ends within one, or comes, waits for its end. The number is fixed, for then a GPU needs nothing of the
 host before the last of them, and the host starts the next call meanwhile."""
-MOST_STOP_TOKENS = 16
-"""Stop tokens of a request: each slot has room for so many."""
 
 
 class Chunk(flax.struct.PyTreeNode):
@@ -125,7 +123,8 @@ class Slots:
                    ) -> tuple[DecodeState, Report]:
         """`ROUNDS` rounds of some slots; those that are done stay as they are.
 
-        Unless it `draws` for one of them, all are greedy: to ask for each is a choice that a GPU waits for the host with.
+        Unless it `draws` for one of them, all are greedy and without a bias: to ask for each is a choice that a GPU waits for
+        the host with.
         """
         before = side_by_side.take(state, slots)
         if len(slots) == 1:

@@ -15,12 +15,12 @@ from specmq_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for; `limit` counts the prompt."""
+    """What was asked for; `limit` counts the prompt, and unless it `draws` the best tokens are taken as they are."""
 
     prompt: Int32[np.ndarray, "n"]
     limit: int
     key: RequestKey
-    is_sampled: bool
+    draws: bool
     stop_tokens: tuple[int, ...]
 
 

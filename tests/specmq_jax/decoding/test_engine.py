@@ -14,8 +14,10 @@ from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
 
 CONFIG = sm.DecodeConfig(max_len=96, prefill_chunks=(16,))
 SAMPLING = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "top_k": 7, "seed": 4},
-            {"temperature": 0.9, "top_p": 0.7, "seed": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "seed": 6}]
+            {"temperature": 0.9, "top_p": 0.7, "seed": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "seed": 6},
+            {"logit_bias": {3: 2.5, 17: -4.0}}, {"min_tokens": 6}]
 DRAFTERS = ("none", "chain", "eagle", "hierarchical")
+FAST = (*DRAFTERS[:3], pytest.param("hierarchical", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,11 @@ class Alone:
         self.decoder = sm.Decoder(target, drafter, dataclasses.replace(config, sampling=RequestSampling()))
 
     def tokens(self, request):
-        key = RequestKey.of(**{"seed": 0, **{name: value for name, value in request.items() if name in (
-            "seed", "temperature", "top_k", "top_p", "min_p")}})
+        asked = {name: value for name, value in request.items() if name in (
+            "seed", "temperature", "top_k", "top_p", "min_p", "logit_bias")}
+        least = request.get("min_tokens", 0)
+        key = RequestKey.of(**{"seed": 0, **asked}, barred=request["stop_tokens"],
+                            bar=len(request["prompt_ids"]) + least if least else 0)
         state = self.decoder.prefill(request["prompt_ids"], request["max_new_tokens"], key=key)
         state = self.decoder.loop(self.decoder.params, state, jnp.int32(1000))
         found = state.tokens[len(request["prompt_ids"]):int(state.length)].tolist()
@@ -88,7 +93,7 @@ def pairs(target, drafters):
         engine.close()
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", FAST)
 def test_requests_that_join_and_leave_give_their_own_tokens(pairs, name):
     check(*pairs(name), requests(9), seed=0)
 
@@ -118,6 +123,19 @@ def test_lists_come_as_they_are_committed_and_a_cancelled_request_leaves_the_oth
     while engine.step():
         pass
     assert engine.running == engine.waiting == 0
+
+
+def test_a_bias_and_a_least_length_are_kept(pairs):
+    engine, alone = pairs("none")
+    prompt, plain = [1, 2, 3], alone.tokens({"prompt_ids": [1, 2, 3], "max_new_tokens": 20, "stop_tokens": []})
+    often = engine.submit(prompt, 20, logit_bias={9: 1e4}).result().tokens.tolist()
+    never = engine.submit(prompt, 20, logit_bias=dict.fromkeys(plain, -1e4), temperature=1.0).result().tokens.tolist()
+    assert often == [9] * 20 and not set(never) & set(plain)
+    stops = sorted(set(range(61)) - {5, 6})[:16]
+    for least in (1, 7, 20):
+        found = engine.submit(prompt, 20, stop_tokens=stops, min_tokens=least, logit_bias={stops[0]: 1e4}).result()
+        early, rest = found.tokens[:least].tolist(), found.tokens[least:].tolist()
+        assert not set(early) & set(stops) and rest == ([stops[0]] if least < 20 else [])
 
 
 def test_requests_of_several_threads_are_all_answered(pairs):
@@ -181,9 +199,15 @@ def test_what_no_engine_can_do_is_refused(target):
             engine.submit(prompt)
     for options, message in [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature"),
                              ({"top_p": 0}, "top_p"), ({"min_p": 2}, "min_p"),
-                             ({"stop_tokens": range(17)}, "at most 16 stop tokens; found 17")]:
+                             ({"stop_tokens": range(17)}, "at most 16 stop tokens; found 17"),
+                             ({"min_tokens": -1}, "min_tokens"),
+                             ({"logit_bias": {61: 1.0}}, "logit_bias names token 61; the vocabulary has 61"),
+                             ({"logit_bias": {1: float("nan")}}, "finite numbers; found 1: nan"),
+                             ({"logit_bias": {-1: 1.0}}, "must map token ids")]:
         with pytest.raises(sm.UserError, match=message):
             engine.submit([1], **options)
+    with pytest.raises(sm.UserError, match="at most 64 tokens with a bias; found 65"):
+        RequestKey.of(seed=0, logit_bias=dict.fromkeys(range(65), 1.0))
     waiting = engine.submit([1, 2])
     engine.close()
     with pytest.raises(sm.UserError, match="^the engine is closed$"):
@@ -192,7 +216,7 @@ def test_what_no_engine_can_do_is_refused(target):
         engine.submit([1])
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", FAST)
 def test_a_prompt_goes_on_behind_what_a_slot_holds(pairs, name):
     """The turns of two chats, and a prompt that shares only its beginning with one of them."""
     (engine, alone), rng = pairs(name), np.random.default_rng(9)
