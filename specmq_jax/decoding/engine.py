@@ -358,6 +358,7 @@ class Engine:
                 continue
             length, rounds, fault, done, fresh = self._read(
                 (report.length, report.rounds, report.fault, report.done, report.fresh))
+            accepted = np.asarray(report.accept_lengths) if done.any() else None
             for place, ticket in enumerate(tickets):
                 if ticket is None:
                     continue
@@ -365,7 +366,7 @@ class Engine:
                 if ticket.is_done:
                     continue
                 news = int(length[place]) - len(ticket.request.prompt) - ticket.count
-                lengths = np.asarray(report.accept_lengths[place])[:rounds[place]] if done[place] else None
+                lengths = accepted[place, :rounds[place]] if accepted is not None else None
                 self._told(ticket, fresh[place, :news].tolist(), bool(done[place]), int(fault[place]), lengths)
 
     def _read(self, report: Any) -> Any:
