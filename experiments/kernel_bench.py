@@ -141,34 +141,36 @@ def _compile(case: Case, implementation: str | None) -> Loop:
                                carried=case.carried)
 
 
-def _products(result: str) -> Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]:
+Find = Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]
+"""Finds what is measured of an op at a model's sizes and these rows."""
+
+
+def _products(make: Callable[[Bench, int, int, int], Case], *, head: bool = False, marlin: bool = False) -> Find:
+    """Products of the model's linear layers by `make(bench, rows, K, N)`, and lm_head's where `head` says so."""
     def find(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-        for (name, (inner, columns)), count in itertools.product(linears(model).items(), rows):
-            case = cases.product(count, inner, columns, bench.group_size, result=result)
+        sizes = {**linears(model), **({"lm_head": (model.hidden_size, model.vocab_size)} if head else {})}
+        for (name, (inner, columns)), count in itertools.product(sizes.items(), rows):
+            case = make(bench, count, inner, columns)
             yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None),
-                       marlin=_marlin(inner, columns, count) if bench.group_size == 128 else None)
+                       marlin=_marlin(inner, columns, count) if marlin and bench.group_size == 128 else None)
     return find
 
 
-def _integer_products(kind: str) -> Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]:
+def _w4a16(result: str) -> Find:
+    return _products(lambda bench, *sizes: cases.product(*sizes, bench.group_size, result=result), marlin=True)
+
+
+def _integer_products(kind: str) -> Find:
+    return _products(lambda bench, *sizes: cases.integer_product(*sizes, kind, result="partials"))
+
+
+def _steps(make: Callable[[Bench, LlamaConfig, int], Case], *, compared: bool = True) -> Find:
+    """Calls by `make(bench, model, rows)`; those that are `compared` are so with their op in plain jnp."""
     def find(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-        for (name, (inner, columns)), count in itertools.product(linears(model).items(), rows):
-            case = cases.integer_product(count, inner, columns, kind, result="partials")
-            yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
+        for count in rows:
+            case = make(bench, model, count)
+            yield Item(shape=case.label, case=case, xla=(case, "reference") if compared else None)
     return find
-
-
-def _weight_only_products(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    sizes = {**linears(model), "lm_head": (model.hidden_size, model.vocab_size)}
-    for (name, (inner, columns)), count in itertools.product(sizes.items(), rows):
-        case = cases.weight_only_product(count, inner, columns, result="partials")
-        yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
-
-
-def _dense_products(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    for (name, (inner, columns)), count in itertools.product(linears(model).items(), rows):
-        case = cases.split_dense_product(count, inner, columns)
-        yield Item(shape=f"{name} {case.label}", case=case, xla=(cases.dense_product(count, inner, columns), None))
 
 
 def _marlin(inner: int, columns: int, rows: int) -> float | None:
@@ -192,36 +194,6 @@ def _attention(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterabl
         yield Item(shape=case.label, case=case)
 
 
-def _norm(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    for count in rows:
-        case = cases.add_norm(count, model.hidden_size, _splits(bench, model, "down", count))
-        yield Item(shape=case.label, case=case, xla=(case, "reference"))
-
-
-def _rounded_norm(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    for count in rows:
-        case = cases.rounded_add_norm(count, model.hidden_size, _splits(bench, model, "down", count, _ROUNDED))
-        yield Item(shape=case.label, case=case, xla=(case, "reference"))
-
-
-def _rounded_silu_mul(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    for count in rows:
-        case = cases.rounded_silu_mul(count, model.intermediate_size, _splits(bench, model, "gate_up", count, _ROUNDED))
-        yield Item(shape=case.label, case=case, xla=(case, "reference"))
-
-
-def _rope(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    for count in rows:
-        case = cases.rope_append(count, model, _splits(bench, model, "qkv", count))
-        yield Item(shape=case.label, case=case, xla=(case, "reference"))
-
-
-def _silu_mul(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
-    for count in rows:
-        case = cases.silu_mul(count, model.intermediate_size, _splits(bench, model, "gate_up", count))
-        yield Item(shape=case.label, case=case)
-
-
 def _top_k(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
     for vocab, count in itertools.product(sorted({model.vocab_size, min(model.vocab_size, _RANKED_VOCABULARY)}), rows):
         case = cases.best_of_vocabulary(count, vocab, _DRAFTED)
@@ -229,13 +201,23 @@ def _top_k(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[It
 
 
 _TREE_ROWS = (1, 10, 30, 60)
-OPS: Mapping[str, tuple[tuple[int, ...], Callable[[Bench, LlamaConfig, Sequence[int]], Iterable[Item]]]] = {
-    "w4a16": (_MARLIN_ROWS, _products("partials")), "w4a16_product": (_MARLIN_ROWS, _products("product")),
-    "dense": (_TREE_ROWS, _dense_products), "w8a16": (_TREE_ROWS, _weight_only_products),
+OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
+    "w4a16": (_MARLIN_ROWS, _w4a16("partials")), "w4a16_product": (_MARLIN_ROWS, _w4a16("product")),
+    "dense": (_TREE_ROWS, _products(lambda bench, *sizes: cases.split_dense_product(*sizes))),
+    "w8a16": (_TREE_ROWS, _products(lambda bench, *sizes: cases.weight_only_product(*sizes, result="partials"), head=True)),
     **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},
-    "attention": (_TREE_ROWS, _attention), "norm": (_TREE_ROWS, _norm), "rope": (_TREE_ROWS, _rope),
-    "silu_mul": (_TREE_ROWS, _silu_mul), "rounded_norm": (_TREE_ROWS, _rounded_norm),
-    "rounded_silu_mul": (_TREE_ROWS, _rounded_silu_mul), "top_k": ((1, 10), _top_k)}
+    "attention": (_TREE_ROWS, _attention),
+    "norm": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.add_norm(
+        rows, model.hidden_size, _splits(bench, model, "down", rows)))),
+    "rope": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.rope_append(
+        rows, model, _splits(bench, model, "qkv", rows)))),
+    "silu_mul": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.silu_mul(
+        rows, model.intermediate_size, _splits(bench, model, "gate_up", rows)), compared=False)),
+    "rounded_norm": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.rounded_add_norm(
+        rows, model.hidden_size, _splits(bench, model, "down", rows, _ROUNDED)))),
+    "rounded_silu_mul": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.rounded_silu_mul(
+        rows, model.intermediate_size, _splits(bench, model, "gate_up", rows, _ROUNDED)))),
+    "top_k": ((1, 10), _top_k)}
 """Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in
 a model; w4a16_product and dense add them up. Products of 8-bit activations leave out the rounding: the rounded ops have it."""
 

@@ -40,11 +40,13 @@ def test_every_op_is_timed_and_told(console, tmp_path):
 
 
 def test_a_kernel_that_fails_is_told_and_costs_no_other_figure(console, monkeypatch):
+    _, norms = OPS["norm"]
+
     def failing(bench, model, rows):
         def broken(config, implementation, *operands):
             raise ValueError("out of shared memory\nand more")
 
-        items = list(kernel_bench._norm(bench, model, rows))
+        items = list(norms(bench, model, rows))
         return [dataclasses.replace(items[0], case=dataclasses.replace(items[0].case, run=broken)), *items]
 
     monkeypatch.setitem(OPS, "norm", ((2,), failing))
