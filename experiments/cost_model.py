@@ -11,6 +11,7 @@ others' times follow from theirs.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from experiments.cost.cost_search import Prediction
 from experiments.cost.cost_study import Bounds, Findings
 from experiments.display import tables
 from experiments.display.cells import NO_VALUE, change, milliseconds, number, times
+from experiments.display.lines import say
 from experiments.running import claims, flags, methods, runner
 from experiments.running.contents import Contents
 from experiments.running.methods import Workbench
@@ -107,28 +109,25 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(settings: Settings, limits: Bounds, precisions: Sequence[str], console: Console, progress: Console) -> None:
-    def say(text: str) -> None:
-        progress.print(text, highlight=False, markup=False, soft_wrap=True)
-
     contents = Contents()
     held = {method: contents.of_method(settings.models, method) for method in settings.methods}
     settings = dataclasses.replace(settings, models=contents.placed(settings.models))
     memory = runner.plan(settings, settings.methods)
-    say(memory.describe())
+    say(progress, memory.describe())
     memory.check()
     bench = runner.load(settings)
-    findings = predict.study(settings, bench, limits, say, precisions)
+    findings = predict.study(settings, bench, limits, functools.partial(say, progress), precisions)
     real: dict[str, float | None] = {}
     if absl_flags.FLAGS.check:
-        say("running each method's best setting")
+        say(progress, "running each method's best setting")
         real = predict.measured(settings, bench, [findings.best(method).choice for method in findings.methods])
     found = {**summary(settings, bench, findings, real), "contents": held}
     _write(settings.output_dir, found, findings)
-    console.print(f"{found['device']} | {found['model']} at {found['precision']} | {count(found['answers'], 'answer')}, "
-                  f"{count(found['tokens'], 'token')}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{found['device']} | {found['model']} at {found['precision']} | {count(found['answers'], 'answer')}, "
+        f"{count(found['tokens'], 'token')}")
     tables.show(_columns(findings, real), [findings.best(method) for method in findings.methods], console, texts=1)
-    console.print(f"Fastest: {predict.describe(findings.best().choice)}\nWrote {settings.output_dir / 'cost_model.json'}, "
-                  f"{settings.output_dir / 'cost_model.png'}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Fastest: {predict.describe(findings.best().choice)}\nWrote {settings.output_dir / 'cost_model.json'}, "
+        f"{settings.output_dir / 'cost_model.png'}")
 
 
 def _write(directory: pathlib.Path, found: Mapping[str, Any], findings: Findings) -> None:

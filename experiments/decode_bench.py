@@ -23,6 +23,7 @@ from rich.console import Console
 
 from experiments.display import tables
 from experiments.display.cells import milliseconds, number, part
+from experiments.display.lines import say
 from experiments.running import flags, methods
 from experiments.timing import bench_flags, device, step_times
 from experiments.timing.sizes import shape, small_shape
@@ -68,11 +69,10 @@ def run(settings: Settings, about: Mapping[str, Any], *, bandwidth: float | None
         for measure in step_times.measure(settings):
             measure = dataclasses.replace(measure, bandwidth=bandwidth or device.device_bandwidth())
             measures.append(measure)
-            progress.print(f"{measure.precision}, {measure.name}" + (f" at {measure.context}" if measure.context else "")
-                           + f": {_median(measure)} ms, first call {measure.timing.first_call:.1f} s",
-                           highlight=False, markup=False, soft_wrap=True)
+            say(progress, f"{measure.precision}, {measure.name}" + (f" at {measure.context}" if measure.context else "")
+                + f": {_median(measure)} ms, first call {measure.timing.first_call:.1f} s")
             if file:
-                _write(file, about | {"measures": [_entry(measure) for measure in measures]})
+                tables.write(file, tables.json_text(about | {"measures": [_entry(measure) for measure in measures]}))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -85,24 +85,21 @@ def run(settings: Settings, about: Mapping[str, Any], *, bandwidth: float | None
 
 
 def _print(about: Mapping[str, Any], measures: Sequence[Measure], console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     settings = about["settings"]
-    say(f"{about['device']}, {_speeds(about, measures)} | jax {about['jax']}, Python {about['python']} | medians and 10th to "
-        f"90th percentiles of {count(settings['runs'], 'run')} ({PREFILL_RUNS} of a prefill)")
+    say(console, f"{about['device']}, {_speeds(about, measures)} | jax {about['jax']}, Python {about['python']} | medians and "
+        f"10th to 90th percentiles of {count(settings['runs'], 'run')} ({PREFILL_RUNS} of a prefill)")
     for precision in dict.fromkeys(measure.precision for measure in measures):
         mine = [measure for measure in measures if measure.precision == precision]
         peaks = [measure.peak for measure in mine if measure.peak]
         head = f", lm_head at {settings['head_precision']}" if settings["head_precision"] else ""
         held = max(measure.held for measure in mine)
-        say(f"\n{about['shape']} at {precision}{head}: weights and caches of {held / 1e9:.1f} GB"
+        say(console, f"\n{about['shape']} at {precision}{head}: weights and caches of {held / 1e9:.1f} GB"
             + (f", at most {max(peaks) / 1e9:.1f} GB in use" if peaks else ""))
         for context in sorted({measure.context for measure in mine}):
             tables.show(_COLUMNS, [measure for measure in mine if measure.context == context], console, texts=1,
                         title=f"behind {count(context, 'token')}" if context else "prefill")
     if any(measure.floor and measure.floor >= 1.005 * measure.median for measure in measures):
-        say("A floor above the time: caches hold part of what is read, or reading is faster here than copying.")
+        say(console, "A floor above the time: caches hold part of what is read, or reading is faster here than copying.")
 
 
 def _speeds(about: Mapping[str, Any], measures: Sequence[Measure]) -> str:
@@ -150,10 +147,6 @@ def _entry(measure: Measure) -> dict[str, Any]:
         "call": measure.timing.call, "first_call": measure.timing.first_call,
         "held_bytes": measure.held, "peak_bytes": measure.peak,
         "steps_per_run": measure.timing.steps, "runs": list(measure.timing.seconds)}
-
-
-def _write(file: pathlib.Path, content: Mapping[str, Any]) -> None:
-    tables.write(file, tables.json_text(content))
 
 
 def _settings() -> Settings:

@@ -18,6 +18,7 @@ from experiments import tune
 from experiments.answers import metrics
 from experiments.display import tables
 from experiments.display.cells import NO_VALUE, number, significant, times
+from experiments.display.lines import say
 from experiments.kernels import cases, timing
 from experiments.kernels.cases import Case, linears
 from experiments.kernels.timing import Loop, Plan, Timing
@@ -230,9 +231,8 @@ def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: path
              "runs": bench.runs}
     copies = about["device_bandwidth"]
     speed = f", copies {number(copies / 1e9, 0)} GB/s at the start" if copies else ""
-    console.print(f"{about['device']}{speed} | jax {about['jax']} | medians of {words.count(bench.runs, 'run')}\nXLA: the "
-                  "dense f16 product for products, plain jnp for other ops; \"of\" is our time over theirs", highlight=False,
-                  markup=False, soft_wrap=True)
+    say(console, f"{about['device']}{speed} | jax {about['jax']} | medians of {words.count(bench.runs, 'run')}\nXLA: the dense "
+        "f16 product for products, plain jnp for other ops; \"of\" is our time over theirs")
     lines: list[Line] = []
     for model in models:
         compared: dict[tuple, Timing] = {}
@@ -242,7 +242,7 @@ def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: path
             tables.show(_COLUMNS, measured, console, texts=1, keys=2, title=f"{op}, {model}")
             for line in measured:
                 if line.error:
-                    console.print(f"{line.shape}, {words.count(line.rows, 'row')}: {line.error}", highlight=False, markup=False)
+                    say(console, f"{line.shape}, {words.count(line.rows, 'row')}: {line.error}", wrap=True)
             if json_file:
                 tables.write(json_file, tables.json_text(about | {"lines": [dataclasses.asdict(line) for line in lines]}))
     return lines

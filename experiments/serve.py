@@ -7,6 +7,7 @@ machine alone unless --host says otherwise. Needs the extra `serve`: pip install
 """
 
 import dataclasses
+import functools
 import importlib.util
 import socket
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags as absl_flags
 from rich.console import Console
 
+from experiments.display.lines import say
 from experiments.running import flags
 from experiments.serving import assistant
 from experiments.serving.answer_text import AnswerText
@@ -67,12 +69,9 @@ def main(argv: Sequence[str]) -> None:
         model = ServedModel(loaded, temperature=given.temperature, top_p=given.top_p, top_k=given.top_k)
         with console.status("compiling"):
             model.compile()
-
-        def say(text: str) -> None:
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-        say(f"{model.name} at {loaded.bench.precision} with {settings.methods[0]} on {device.device_name()}: {url(listening)}")
-        http_server.serve(model, listening, waiting=given.queue, log=say)
+        say(console, f"{model.name} at {loaded.bench.precision} with {settings.methods[0]} on {device.device_name()}: "
+            f"{url(listening)}")
+        http_server.serve(model, listening, waiting=given.queue, log=functools.partial(say, console))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 from rich.console import Console
 
+from experiments.display.lines import say
 from experiments.display.tables import stdout
 from experiments.running import claims, flags
 from experiments.sweeping import grid, isolated, sweep_cells, sweep_report
@@ -46,15 +47,15 @@ def main(argv: Sequence[str]) -> None:
 
 def _run_and_report(sweep: Prepared, progress: Console) -> None:
     for line in sweep.left_out:
-        _say(progress, f"left out: {line}")
+        say(progress, f"left out: {line}")
     for name in sweep.lost:
-        _say(progress, f"{name}: had finished, and answers are gone, which are made again")
+        say(progress, f"{name}: had finished, and answers are gone, which are made again")
     scorer = sweep.benchmark.scorer
     obstacle = scorer.obstacle() if scorer else None
     failures = run(sweep, progress)
     sweep_report.report(sweep, failures, stdout(), scorer=None if obstacle else scorer)
     if obstacle:
-        _say(stdout(), f"Not scored: {obstacle}; the same command scores these answers then")
+        say(stdout(), f"Not scored: {obstacle}; the same command scores these answers then")
     if failures:
         raise UserError(f"{len(failures)} of {count(len(sweep.cells), 'cell')} failed, see above; the same command tries "
                         "them again")
@@ -73,8 +74,8 @@ def run(sweep: Prepared, console: Console, reports: Reports = isolated.reports) 
     """
     waiting = {cell.name: sweep.questions - sweep.answered[cell.name] for cell in sweep.cells
                if cell.name not in sweep.finished}
-    _say(console, f"cells: {len(sweep.cells)}, questions in each: {sweep.questions}, finished before: {len(sweep.finished)} "
-                  f"({sweep.output_dir})")
+    say(console, f"cells: {len(sweep.cells)}, questions in each: {sweep.questions}, finished before: {len(sweep.finished)} "
+                 f"({sweep.output_dir})")
     failures: dict[str, str] = {}
     done = sum(sweep.answered.values())
     with display(console, waiting, cells=len(sweep.cells), done=done) as shown:
@@ -106,10 +107,6 @@ def _run_group(cells: Sequence[Cell], shown: Display, reports: Reports) -> Mappi
             take(Event(cell=current, kind="failed", text=str(error)))
         cells = [cell for cell in cells if cell.name not in ended]
     return failures
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

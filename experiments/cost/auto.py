@@ -17,6 +17,7 @@ import specmq_jax as sm
 from experiments.benchmarks.benchmark import MT_BENCH
 from experiments.cost import predict
 from experiments.display.cells import number
+from experiments.display.lines import say
 from experiments.inputs import questions
 from experiments.running import methods, runner
 from experiments.running.contents import Contents
@@ -49,8 +50,8 @@ def choose(settings: Settings, console: Console | None = None) -> Choice:
     """
     console = console or Console(stderr=True)
 
-    def say(text: str) -> None:
-        console.print(f"auto: {text}", highlight=False, markup=False, soft_wrap=True)
+    def tell(text: str) -> None:
+        say(console, f"auto: {text}")
 
     contents = Contents()
     about = _about(settings, contents)
@@ -59,15 +60,16 @@ def choose(settings: Settings, console: Console | None = None) -> Choice:
     choice = _kept(path)
     if choice is None:
         asked = dataclasses.replace(
-            settings, methods=_possible(settings, say), benchmark=MT_BENCH, question_file=questions.SMALL, question_begin=0,
+            settings, methods=_possible(settings, tell), benchmark=MT_BENCH, question_file=questions.SMALL, question_begin=0,
             question_end=None, max_new_tokens=64 if _on_cpu() else 128, max_length=max(settings.max_length, _LEAST_LENGTH))
         choice = Choice(method="baseline")
         if len(asked.methods) > 1:
-            say(f"measuring {', '.join(asked.methods)} once for this device, kept in {path}")
-            choice = _measure(asked, say)
-        _keep(path, {"about": about, "choice": dataclasses.asdict(choice)})
+            tell(f"measuring {', '.join(asked.methods)} once for this device, kept in {path}")
+            choice = _measure(asked, tell)
+        put_json(path, {"about": about, "choice": dataclasses.asdict(choice)}, indent=1, parents=True,
+                 advice="name another cache directory in $SPECMQ_CACHE")
     predicted = "" if choice.predicted is None else f", predicted to make {number(choice.predicted, 1)} tokens/s"
-    say(f"{predict.describe(choice)}{predicted}")
+    tell(f"{predict.describe(choice)}{predicted}")
     return choice
 
 
@@ -75,13 +77,13 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _possible(settings: Settings, say: predict.Say) -> tuple[str, ...]:
+def _possible(settings: Settings, tell: predict.Say) -> tuple[str, ...]:
     """Methods whose models are given and fit together, and that can be of use."""
     expanded = _on_cpu() and settings.models.drafter is None
     found = []
     for method in methods.NAMES:
         if expanded and methods.METHODS[method].small_model:
-            say(f"{method} is left out: on a CPU a copy of the target at fewer bits is no faster than the target")
+            tell(f"{method} is left out: on a CPU a copy of the target at fewer bits is no faster than the target")
             continue
         try:
             settings.models.check([method])
@@ -89,16 +91,16 @@ def _possible(settings: Settings, say: predict.Say) -> tuple[str, ...]:
         except UserError as error:
             if method == "baseline":
                 raise
-            say(f"{method} is left out: {error}")
+            tell(f"{method} is left out: {error}")
         else:
             found.append(method)
     return tuple(found)
 
 
-def _measure(settings: Settings, say: predict.Say) -> Choice:
+def _measure(settings: Settings, tell: predict.Say) -> Choice:
     bench = runner.load(settings)
     try:
-        findings = predict.study(settings, bench, predict.bounds(), say)
+        findings = predict.study(settings, bench, predict.bounds(), tell)
         best = findings.best()
         return dataclasses.replace(best.choice, predicted=findings.tokens_per_second(best))
     finally:
@@ -129,7 +131,3 @@ def _kept(path: pathlib.Path) -> Choice | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return None
     return choice if choice.method in methods.NAMES else None
-
-
-def _keep(path: pathlib.Path, content: dict[str, Any]) -> None:
-    put_json(path, content, indent=1, parents=True, advice="name another cache directory in $SPECMQ_CACHE")

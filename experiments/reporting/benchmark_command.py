@@ -15,6 +15,7 @@ from experiments.answers.scoring import Score, Scorer
 from experiments.benchmarks.benchmark import Benchmark
 from experiments.cost import auto
 from experiments.display.cells import percent
+from experiments.display.lines import say
 from experiments.inputs import questions
 from experiments.inputs.questions import Question
 from experiments.reporting import answer_runs, report
@@ -60,7 +61,7 @@ def _run_and_report(benchmark: Benchmark, settings: Settings, obstacle: str | No
     report.report(settings, results)
     if obstacle:
         files = ",".join(str(settings.answers(result.method)) for result in results)
-        _say(report.stdout(), f"Not scored: {obstacle}; --score={files} scores these answers")
+        say(report.stdout(), f"Not scored: {obstacle}; --score={files} scores these answers")
 
 
 def scored(settings: Settings, scorer: Scorer, result: Result) -> Result:
@@ -93,9 +94,9 @@ def score_files(benchmark: Benchmark, addresses: Sequence[str], question_file: s
         path = runs[0].path
         scores = [(run, scoring.score(benchmark.scorer, run.answers, _of_file(path, asked))) for run in runs]
         for run, score in scores:
-            _say(console, f"{run.address}: {_in_words(score)}")
+            say(console, f"{run.address}: {_in_words(score)}")
         written = scoring.write(path, [(run.model_id, score) for run, score in scores])
-        _say(console, f"Wrote {written}")
+        say(console, f"Wrote {written}")
 
 
 def _in_words(score: Score) -> str:
@@ -140,7 +141,3 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

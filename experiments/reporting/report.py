@@ -15,6 +15,7 @@ from experiments.answers.scoring import Score, score_file
 from experiments.cost.predict import describe
 from experiments.display import plots
 from experiments.display.cells import NO_VALUE, milliseconds, number, part, percent, times
+from experiments.display.lines import say
 from experiments.display.tables import json_text, print_in_parts, stdout, write
 from experiments.running import methods
 from experiments.running.runner import Result
@@ -39,7 +40,7 @@ def report(settings: Settings, results: Sequence[Result], console: Console | Non
     written = [str(settings.answers(result.method)) for result in results]
     written += [str(score_file(settings.answers(result.method))) for result in results if result.score]
     written += [str(settings.output_dir / name) for name in ("summary.json", "plot.png")]
-    console.print(f"Wrote {', '.join(written)}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Wrote {', '.join(written)}")
 
 
 def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
@@ -71,19 +72,16 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
 
 def print_table(summary: Summary, console: Console) -> None:
     """One column a method, one row a figure, acceptance by length and by depth below; several tables where one is too wide."""
-    def say(text: str, *, soft_wrap: bool = False) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=soft_wrap)
-
-    say(f"{summary['device']} | jax {summary['jax']}, Python {summary['python']}\n{summary['model']} at "
+    say(console, f"{summary['device']} | jax {summary['jax']}, Python {summary['python']}\n{summary['model']} at "
         f"{summary['precision']}, cache of {summary['max_length']} tokens | {count(summary['questions'], 'question')}, "
         f"{count(summary['turns'], 'turn')} of {count(summary['max_new_tokens'], 'token')} at most "
-        f"({summary['question_file']}), {summary['sampling']}", soft_wrap=True)
+        f"({summary['question_file']}), {summary['sampling']}")
     figures = summary["methods"]
     bars = _LABEL_WIDTH + _BAR_COLUMN_WIDTH * len(figures) <= console.width
     rows = _rows(summary, bars)
     print_in_parts(lambda shown: _table(figures, rows, shown), list(figures), console)
     for line in _remarks(summary):
-        say(line)
+        say(console, line, wrap=True)
 
 
 def _rows(summary: Summary, bars: bool) -> list[dict[str, Callable[[Summary], str]]]:

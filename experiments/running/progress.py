@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.answers.answer_files import Answer
 from experiments.display.cells import number
+from experiments.display.lines import say
 from experiments.display.time_left import Pace
 
 ANSWERING = "answering"
@@ -56,7 +57,7 @@ class _Lines:
         self.note(what)
 
     def note(self, text: str) -> None:
-        self._console.print(f"{self._method}: {text}", highlight=False, markup=False, soft_wrap=True)
+        say(self._console, f"{self._method}: {text}")
 
     def answered(self, answer: Answer) -> None:
         self._done += 1
@@ -78,7 +79,7 @@ class _Bar:
         self._bars.update(self._task, description=f"{self._method}: {what}")
 
     def note(self, text: str) -> None:
-        self._bars.console.print(f"{self._method}: {text}", highlight=False, markup=False)
+        say(self._bars.console, f"{self._method}: {text}", wrap=True)
 
     def answered(self, answer: Answer) -> None:
         self._done += 1

@@ -18,6 +18,7 @@ from experiments.answers.answer_format import Answer, Turn
 from experiments.answers.scoring import Score
 from experiments.benchmarks import stop_strings
 from experiments.benchmarks.benchmark import MT_BENCH, Bench, Benchmark
+from experiments.display.lines import say
 from experiments.inputs import questions
 from experiments.inputs.questions import Question
 from experiments.running import claims, methods
@@ -136,12 +137,12 @@ def _run(settings: Settings, asked: Sequence[Question], load: Callable[[Settings
         asked=[question.id for question in asked], places=model_places(settings.models, method)) for method in settings.methods}
     for method, file in files.items():
         if file.found or file.lost:
-            _say(console, f"{method}: {len(file.found)} of {count(len(asked), 'answer')} found in {file.path}{_hint(file)}")
+            say(console, f"{method}: {len(file.found)} of {count(len(asked), 'answer')} found in {file.path}{_hint(file)}")
     if not all(file.measured for file in files.values()) or _differing(settings, files):
         settings = dataclasses.replace(settings, models=contents.placed(settings.models))
         needed = [method for method, file in files.items() if not file.measured] or ["baseline"]
         memory = plan(settings, needed)
-        _say(console, memory.describe())
+        say(console, memory.describe())
         memory.check()
         bench = load(settings)
         desk = _Desk(bench=bench, benchmark=settings.benchmark)
@@ -161,10 +162,6 @@ def _hint(file: AnswerFile) -> str:
     if file.measured:
         return " (--noresume measures again)"
     return ", where a run had finished: the others are gone, and are answered again" if file.lost else ", going on behind them"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _differing(settings: Settings, files: Mapping[str, AnswerFile]) -> list[AnswerFile]:

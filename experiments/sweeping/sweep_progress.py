@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.display.cells import number
+from experiments.display.lines import say
 from experiments.display.time_left import Pace
 from experiments.sweeping.sweep_worker import Event
 from specmq_jax.words import count
@@ -87,7 +88,7 @@ class _Lines:
         if text and event.kind in ("finished", "failed"):
             text += f" ({self._tally.ended} of {count(self._tally.cells, 'cell')}, {self._tally.left})"
         if text:
-            self._console.print(f"{event.cell}: {text}", highlight=False, markup=False, soft_wrap=True)
+            say(self._console, f"{event.cell}: {text}")
 
 
 class _Bar:
@@ -106,4 +107,4 @@ class _Bar:
             self._bars.update(self._task, description=event.cell + (f": {event.text}" if event.text else ""))
         if event.kind in ("note", "failed"):
             text = f"failed: {event.text}" if event.kind == "failed" else event.text
-            self._bars.console.print(f"{event.cell}: {text}", highlight=False, markup=False)
+            say(self._bars.console, f"{event.cell}: {text}", wrap=True)

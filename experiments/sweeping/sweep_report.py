@@ -11,6 +11,7 @@ from experiments.answers import metrics, scoring
 from experiments.answers.scoring import Score, Scorer
 from experiments.display import plots, tables
 from experiments.display.cells import NO_VALUE, milliseconds, number, percent, times
+from experiments.display.lines import say
 from experiments.display.plots import PLAIN, Bar, HeatMap
 from experiments.reporting.figures import Figures, compare
 from experiments.reporting.report import identical
@@ -94,17 +95,17 @@ def report(sweep: Prepared, failures: Mapping[str, str], console: Console, *, sc
             scoring.write(file.path, [(file.found[0].model_id, row.score)])
     title = (f"{_names(found)} on {sweep.device}\n{count(sweep.questions, 'question')} of "
              f"{sweep.benchmark.title} ({sweep.cells[0].settings.question_file.name})")
-    console.print(title, highlight=False, markup=False)
+    say(console, title, wrap=True)
     _print_table(found, console)
     failed = [f"failed: {name}: {error}" for name, error in failures.items()]
     for line in failed:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     written = [sweep.output_dir / "table.csv", sweep.output_dir / "table.md"]
     tables.write(written[0], tables.comma_separated(FIELDS, found))
     text = f"{title}\n\n{tables.markdown(_columns(found), found, texts=3)}"
     tables.write(written[1], text + "".join(f"\n{line}\n" for line in failed))
     written += _pictures(sweep.output_dir, found, title)
-    console.print(f"Wrote {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Wrote {', '.join(map(str, written))}")
 
 
 def _pictures(directory: pathlib.Path, found: Sequence[Row], title: str) -> list[pathlib.Path]:
