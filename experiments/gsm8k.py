@@ -4,23 +4,8 @@ Without flags: the demo model on six problems of the package's own. --question_f
 split. --score=FILE scores a saved answer file.
 """
 
-from collections.abc import Sequence
-
-from absl import flags as absl_flags
-
 from experiments.benchmarks.gsm8k import BENCHMARK
 from experiments.reporting import benchmark_command
-from experiments.running import flags
-from specmq_jax.commands import entry
-
-absl_flags.adopt_module_key_flags(flags)
-absl_flags.adopt_module_key_flags(benchmark_command)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Runs the benchmark, or scores a file, and reports."""
-    benchmark_command.run(BENCHMARK, argv)
-
 
 if __name__ == "__main__":
-    entry.run(main)
+    benchmark_command.main(BENCHMARK)

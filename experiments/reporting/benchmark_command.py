@@ -1,9 +1,12 @@
 """The command that all benchmarks are: run and report, or score answer files that are there."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
+import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +26,7 @@ from experiments.reporting.answer_runs import Run
 from experiments.running import claims, flags, runner
 from experiments.running.runner import Result
 from experiments.running.settings import Settings
+from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
 from specmq_jax.files import scratch
 from specmq_jax.json_files import is_json
@@ -33,6 +37,15 @@ _SCORE = absl_flags.DEFINE_list(
     "The scores go into FILE's .scores.json beside it. Goes with --question_file, if the answers are not the sample's.")
 _ASKED = re.compile(r" (\d+):(\d+) ([0-9a-f]{16})$")
 """The end of what `runner.identity` records of questions."""
+
+
+def main(benchmark: Benchmark, *others: types.ModuleType) -> None:
+    """Runs the benchmark as the program's command, which has the flags of all experiments, --score and those of `others`."""
+    given = absl_flags.FLAGS
+    for module in (flags.__name__, __name__, *(other.__name__ for other in others)):
+        for flag in given.get_key_flags_for_module(module):
+            given.register_key_flag_for_module(sys.argv[0], flag)
+    entry.run(functools.partial(run, benchmark))
 
 
 def run(benchmark: Benchmark, argv: Sequence[str]) -> None:
