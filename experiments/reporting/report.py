@@ -87,8 +87,8 @@ def print_table(summary: Summary, console: Console) -> None:
 def _rows(summary: Summary, bars: bool) -> list[dict[str, Callable[[Summary], str]]]:
     """The table's sections: what each row shows of a method. Rows without a value are left out."""
     figures = list(summary["methods"].values())
-    single = {name.format(**summary): (lambda method, show=show: show(summary, method)) for name, show in _ROWS.items()}
-    single = {name: show for name, show in single.items() if any(show(method) != NO_VALUE for method in figures)}
+    single = {name.format(**summary): show for name, show in _ROWS.items()
+              if any(show(method) != NO_VALUE for method in figures)}
     kind, shown = _TASK_ROWS[any(method["speedup"] is not None for method in figures)]
     tasks = {f"{kind}, {task}": (lambda method, task=task: shown(method["tasks"][task])) for task in figures[0]["tasks"]}
     longest = max(len(method["accept_histogram"]) for method in figures)
@@ -252,15 +252,13 @@ def identical(share: float | None) -> str:
     return percent(share, 1).replace(".0%", "%")
 
 
-def _comparable(summary: Summary, method: Summary) -> str:
-    del summary
+def _comparable(method: Summary) -> str:
     found, turns = method["comparable_turns"], method["turns"]
     return NO_VALUE if found in (None, turns) else f"{found}/{turns}"
 
 
-def _setting(summary: Summary, method: Summary) -> str:
+def _setting(method: Summary) -> str:
     """A tree is written depth/top-k/size, as in the papers."""
-    del summary
     chosen = method["chosen"] or {}
     tree = chosen.get("tree")
     parts = [f"{tree['depth']}/{tree['top_k']}/{tree['size']}"] if tree else []
@@ -268,21 +266,20 @@ def _setting(summary: Summary, method: Summary) -> str:
     return ", ".join(parts) or NO_VALUE
 
 
-def _scored(metric: str) -> Callable[[Summary, Summary], str]:
-    def show(summary: Summary, method: Summary) -> str:
-        del summary
+def _scored(metric: str) -> Callable[[Summary], str]:
+    def show(method: Summary) -> str:
         score = method["score"]
         return percent(score["share"], 1) if score and score["metric"] == metric else NO_VALUE
 
     return show
 
 
-def _value(key: str, digits: int, scale: float = 1.0) -> Callable[[Summary, Summary], str]:
-    return lambda summary, method: number(None if method[key] is None else scale * method[key], digits)
+def _value(key: str, digits: int, scale: float = 1.0) -> Callable[[Summary], str]:
+    return lambda method: number(None if method[key] is None else scale * method[key], digits)
 
 
-def _phase(key: str) -> Callable[[Summary, Summary], str]:
-    return lambda summary, method: milliseconds(method[key])
+def _phase(key: str) -> Callable[[Summary], str]:
+    return lambda method: milliseconds(method[key])
 
 
 _TASK_ROWS: Mapping[bool, tuple[str, Callable[[Summary], str]]] = {
@@ -290,23 +287,23 @@ _TASK_ROWS: Mapping[bool, tuple[str, Callable[[Summary], str]]] = {
     False: ("tokens/s", lambda figures: number(figures["tokens_per_second"], 1))}
 """What is shown of each task, with a baseline and without."""
 
-_ROWS: Mapping[str, Callable[[Summary, Summary], str]] = {
+_ROWS: Mapping[str, Callable[[Summary], str]] = {
     "chosen tree or draft length": _setting,
     "accuracy": _scored("accuracy"),
     "pass@1": _scored("pass@1"),
     "tokens/s": _value("tokens_per_second", 1),
-    "predicted tokens/s": lambda summary, method: number((method["chosen"] or {}).get("predicted_tokens_per_second"), 1),
-    "speedup": lambda summary, method: times(method["speedup"]),
+    "predicted tokens/s": lambda method: number((method["chosen"] or {}).get("predicted_tokens_per_second"), 1),
+    "speedup": lambda method: times(method["speedup"]),
     "mean accept length": _value("mean_accept_length", 2),
     "accept length inside drafter": _value("mean_draft_accept_length", 2),
-    "answers identical to baseline": lambda summary, method: identical(method["identical_share"]),
+    "answers identical to baseline": lambda method: identical(method["identical_share"]),
     "turns comparable with it": _comparable,
-    "largest gap at a difference": lambda summary, method: (
+    "largest gap at a difference": lambda method: (
         NO_VALUE if method["largest_gap"] is None else f"{method['largest_gap']:.2g}"),
     "prefill of {prefill_tokens} tokens, ms": _phase("prefill_time"),
     "draft, ms a round": _phase("draft_time"),
     "verify, ms a round": _phase("verify_time"),
     "weights and cache read, GB/s": _value("achieved_bandwidth", 1, 1e-9),
     "copy measured after it, GB/s": _value("device_bandwidth", 1, 1e-9),
-    "of the device's copy speed": lambda summary, method: part(_copy_share(method)),
+    "of the device's copy speed": lambda method: part(_copy_share(method)),
 }
