@@ -32,12 +32,6 @@ def mean_speed(speeds: Iterable[float | None]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def speedup(speeds: Sequence[float | None], base: Sequence[float | None]) -> float | None:
-    """Mean of the questions' speeds over that of the baseline's: a ratio of means, not a mean of ratios. None where one of the
-    two has no speed."""
-    return ratio(mean_speed(speeds), mean_speed(base))
-
-
 def ratio(value: float | None, base: float | None) -> float | None:
     """A speed over another; None where there is no such ratio."""
     return value / base if value is not None and base else None
@@ -51,16 +45,3 @@ def mean_accept_length(accept_lengths: Sequence[int]) -> float:
 def accept_histogram(accept_lengths: Sequence[int]) -> Int64[np.ndarray, "L"]:
     """How many rounds accepted i + 1 tokens, at index i."""
     return np.bincount(np.asarray(accept_lengths, np.int64), minlength=2)[1:]
-
-
-def identical_share(answers: Sequence[Sequence[int]], base: Sequence[Sequence[int]]) -> float:
-    """Share of answers whose token ids are all equal to the baseline's.
-
-    Raises:
-      ValueError: the two have different numbers of answers, or none.
-    """
-    if len(answers) != len(base) or not len(base):
-        raise ValueError(f"needs as many answers as the baseline's {len(base)}, and at least one; found {len(answers)}")
-    return statistics.fmean(list(a) == list(b) for a, b in zip(answers, base, strict=True))
-
-

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.answers import comparison, metrics
+from experiments.answers import metrics
 from experiments.answers.answer_files import Answer
 from experiments.answers.scoring import Score, score_file
 from experiments.cost.predict import describe
@@ -17,6 +17,7 @@ from experiments.display import plots
 from experiments.display.cells import NO_VALUE, milliseconds, number, part, percent, times
 from experiments.display.lines import say
 from experiments.display.tables import json_text, print_in_parts, stdout, write
+from experiments.reporting.figures import compare
 from experiments.running import methods
 from experiments.running.runner import Result
 from experiments.running.settings import Settings
@@ -158,6 +159,7 @@ def _chosen(settings: Settings, method: str) -> dict[str, Any] | None:
 
 def _figures(result: Result, base: Result | None, chosen: Mapping[str, Any] | None) -> dict[str, Any]:
     found, measured = result.answers, result.measured
+    beside = compare(found, base.answers if base else found)
     accepted = [length for answer in found for length in answer.accept_lengths]
     inner = [length for answer in found for length in answer.draft_accept_lengths]
     seconds = sum(sum(answer.wall_time) for answer in found)
@@ -165,12 +167,12 @@ def _figures(result: Result, base: Result | None, chosen: Mapping[str, Any] | No
     differences = measured.get("differences", ()) if base else ()
     drafts = (chosen["method"] if chosen else result.method) != "baseline"
     return {
-        "chosen": chosen, "tokens_per_second": metrics.mean_speed(_speeds(found)),
-        "speedup": metrics.speedup(_speeds(found), _speeds(base.answers)) if base else None,
-        "mean_accept_length": metrics.mean_accept_length(accepted) if accepted else None,
+        "chosen": chosen, "tokens_per_second": beside.tokens_per_second, "speedup": beside.speedup if base else None,
+        "mean_accept_length": beside.accept_length,
         "mean_draft_accept_length": metrics.mean_accept_length(inner) if inner else None,
         "accept_histogram": histogram, "depth_acceptance": _depth_acceptance(histogram),
-        **_compared(found, base.answers if base else None), "differences": len(differences),
+        "turns": beside.turns, "comparable_turns": beside.compared_turns if base else None,
+        "identical_share": beside.identical_share if base else None, "differences": len(differences),
         "largest_gap": max((entry["gap"] for entry in differences), default=None),
         "stray_differences": sum(not entry["top_two"] for entry in differences),
         "prefill_time": measured["prefill"], "draft_time": measured["draft"] if drafts else None,
@@ -178,7 +180,8 @@ def _figures(result: Result, base: Result | None, chosen: Mapping[str, Any] | No
         "achieved_bandwidth": measured["bytes_per_round"] * len(accepted) / seconds if accepted and seconds else None,
         "device_bandwidth": measured["device_bandwidth"],
         "new_tokens": sum(sum(answer.new_tokens) for answer in found), "wall_time": seconds,
-        "categories": {category: metrics.mean_speed(_speeds(group)) for category, group in by_category(found).items()},
+        "categories": {category: metrics.mean_speed(answer.speed for answer in group)
+                       for category, group in by_category(found).items()},
         "cut": sum(answer.cut is not None for answer in found),
         "score": _score(result.score) if result.score else None,
     }
@@ -190,9 +193,10 @@ def _score(score: Score) -> dict[str, Any]:
 
 def _tasks(result: Result, base: Result | None, task: Callable[[str], str]) -> dict[str, dict[str, Any]]:
     grouped, bases = by_category(result.answers, task), by_category(base.answers, task) if base else {}
+    beside = {name: compare(group, bases.get(name, group)) for name, group in grouped.items()}
     return {name: {
-        "questions": len(group), "tokens_per_second": metrics.mean_speed(_speeds(group)),
-        "speedup": metrics.speedup(_speeds(group), _speeds(bases[name])) if base else None,
+        "questions": len(group), "tokens_per_second": beside[name].tokens_per_second,
+        "speedup": beside[name].speedup if base else None,
         "mean_accept_length": metrics.mean_accept_length([length for answer in group for length in answer.accept_lengths]),
     } for name, group in grouped.items()}
 
@@ -203,19 +207,6 @@ def by_category(found: Sequence[Answer], task: Callable[[str], str] = str) -> di
     for answer in found:
         groups.setdefault(task(answer.category), []).append(answer)
     return groups
-
-
-def _speeds(found: Sequence[Answer]) -> list[float | None]:
-    return [answer.speed for answer in found]
-
-
-def _compared(found: Sequence[Answer], base: Sequence[Answer] | None) -> dict[str, Any]:
-    turns = sum(len(answer.token_ids) for answer in found)
-    if base is None:
-        return {"turns": turns, "comparable_turns": None, "identical_share": None}
-    pairs = comparison.pairs(found, base)
-    return {"turns": turns, "comparable_turns": len(pairs),
-            "identical_share": metrics.identical_share([pair.tokens for pair in pairs], [pair.base for pair in pairs])}
 
 
 def _depth_acceptance(histogram: Sequence[int]) -> list[float]:
