@@ -71,15 +71,12 @@ class QuantisedReader(HuggingFaceReader):
         if not self._has_main(module) and f"{module}.weight" in self._tensors.headers:
             raise UserError(f"{self.location} holds {module} as plain values, not as {self._type}; models of mixed precisions "
                             "are not read")
+        optional = {"bias": ((shape[1],), SCALE_TYPES), **self._optional_parts(module, shape)}
+        there = {name: part for name, part in optional.items() if f"{module}.{name}" in self._tensors.headers}
         headers = []
-        for name, expected in self._parts(module, shape).items():
+        for name, expected in {**self._parts(module, shape), **there}.items():
             headers.append(self._tensors.header(f"{module}.{name}", *expected))
             self._expected.add(f"{module}.{name}")
-        optional = {"bias": ((shape[1],), SCALE_TYPES), **self._optional_parts(module, shape)}
-        for name, expected in optional.items():
-            if f"{module}.{name}" in self._tensors.headers:
-                headers.append(self._tensors.header(f"{module}.{name}", *expected))
-                self._expected.add(f"{module}.{name}")
         self._expected |= {name for name in self._leftovers(module)
                            if name in self._tensors.headers and 0 in self._tensors.headers[name].shape}
         return Stored(self._type, sum(header.nbytes for header in headers))
