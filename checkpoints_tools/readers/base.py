@@ -81,6 +81,9 @@ class Reader(abc.ABC):
 class ModuleReader(Reader):
     """A reader of files that hold Hugging Face's modules, q, k, v and gate, up each for itself or fused."""
 
+    _precisions: Mapping[str, str]
+    """The precision that holds values of each type in the files without loss."""
+
     def _locate(self) -> None:
         """Finds and checks every module from the headers alone."""
         self._modules: dict[str, tuple[str, ...]] = {}
@@ -94,6 +97,22 @@ class ModuleReader(Reader):
     def read(self, path: str) -> Logical:
         parts = [self._read_module(module) for module in self._modules[path]]
         return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+    def _find_formats(self) -> Formats:
+        embed = self._precision("model.embed_tokens")
+        return Formats.named({"linear": self._linear_format(), "embed": embed,
+                              "head": self._head_format() if "lm_head" in self.stored else embed})
+
+    def _head_format(self) -> str:
+        return self._precision("lm_head")
+
+    def _linear_format(self) -> str:
+        return self._precision(*(module for module in self.stored if module.endswith("_proj")))
+
+    def _precision(self, *modules: str) -> str:
+        """The one that holds all these modules without loss."""
+        found = {self._precisions[self.stored[module].type] for module in modules}
+        return found.pop() if len(found) == 1 else "fp32"
 
     @abc.abstractmethod
     def _holds(self, module: str) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from checkpoints_tools.readers.files.weight_files import ROTATION_FILES, find_we
 from specmq_jax.errors import UserError
 from specmq_jax.json_files import read_json
 from specmq_jax.network.config import LlamaConfig
-from specmq_jax.network.parameters import Formats
 from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
 _CONFIGS = ("config.json", "quantize_config.json")
@@ -46,7 +45,7 @@ class HuggingFaceReader(ModuleReader):
       UserError: an unsupported architecture; a file or tensor that is missing, truncated, unknown or misshapen.
     """
 
-    kind = "Hugging Face"
+    kind, _precisions = "Hugging Face", _PRECISIONS
 
     def __init__(self, directory: pathlib.Path, tensors: TensorFiles | None = None):
         self.location = directory
@@ -97,17 +96,6 @@ class HuggingFaceReader(ModuleReader):
     def _check_values(self) -> None:
         """What can't be told from the headers."""
 
-    def _find_formats(self) -> Formats:
-        embed = dense_precision([self.stored["model.embed_tokens"].type])
-        return Formats.named({"linear": self._linear_format(), "embed": embed,
-                              "head": self._head_format() if "lm_head" in self.stored else embed})
-
-    def _head_format(self) -> str:
-        return dense_precision([self.stored["lm_head"].type])
-
-    def _linear_format(self) -> str:
-        return dense_precision(stored.type for module, stored in self.stored.items() if module.endswith("_proj"))
-
     def _holds(self, module: str) -> bool:
         return f"{module}.weight" in self._tensors.headers
 
@@ -132,12 +120,6 @@ class HuggingFaceReader(ModuleReader):
 def is_unturned(module: str, shape: Shape) -> bool:
     """Whether a file holds the module as its logical weight; linear layers are held as [out, in]."""
     return len(shape) == 1 or module == "model.embed_tokens"
-
-
-def dense_precision(types: Iterable[str]) -> str:
-    """The precision that holds tensors of these safetensors types without loss."""
-    found = {_PRECISIONS[name] for name in types}
-    return found.pop() if len(found) == 1 else "fp32"
 
 
 def find_tokenizer(directory: pathlib.Path) -> str | None:

@@ -14,7 +14,6 @@ from checkpoints_tools.readers.hf import is_unturned
 from specmq_jax import entries
 from specmq_jax.errors import UserError
 from specmq_jax.network.config import LlamaConfig
-from specmq_jax.network.parameters import Formats
 
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "Q8_0": "fp16", "Q4_0": "fp16", "Q4_1": "fp16"}
 _NAMES = {
@@ -43,7 +42,7 @@ class GgufReader(ModuleReader):
         rotary factors that no known rope type has; on reading, a value that is not finite.
     """
 
-    kind = "GGUF"
+    kind, _precisions = "GGUF", _PRECISIONS
 
     def __init__(self, path: pathlib.Path):
         self.location = path
@@ -57,11 +56,7 @@ class GgufReader(ModuleReader):
         self.llama = self._parse_config()
         self._locate()
         self._refuse_unknown_tensors()
-        linears = {_PRECISIONS[stored.type] for module, stored in self.stored.items() if module.endswith("_proj")}
-        embed = _PRECISIONS[self.stored["model.embed_tokens"].type]
-        head = _PRECISIONS[self.stored["lm_head"].type] if "lm_head" in self.stored else embed
-        self.formats = Formats.named({"linear": linears.pop() if len(linears) == 1 else "fp32", "embed": embed,
-                                      "head": head})
+        self.formats = self._find_formats()
 
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         gguf_tokenizer.save(self.value, directory, str(self.location))
