@@ -21,9 +21,7 @@ def plot(findings: Findings, title: str, path: pathlib.Path) -> None:
                     label=name)
         verify.fill_between(curve.at, [seconds / one for seconds in curve.fastest.seconds],
                             [seconds / one for seconds in curve.slowest.seconds], color=palette[name], alpha=0.15, linewidth=0)
-    verify.set_xlabel("n, tokens verified at once")
-    verify.set_ylabel("T_v(n) / T_v(1)")
-    verify.set_ylim(bottom=0)
+    verify.set(xlabel="n, tokens verified at once", ylabel="T_v(n) / T_v(1)", ylim=(0, None))
     verify.set_title("Cost of a verification; shaded: fastest to slowest run", fontsize=10)
     _speedups(speedups, findings)
     for panel in (verify, speedups):
@@ -56,7 +54,5 @@ def _speedups(panel: Axes, findings: Findings) -> None:
             curve = best_by_nodes(findings, method)
             panel.plot(list(curve), list(curve.values()), marker="o", markersize=3.5, color=palette[method],
                        label=method)
-    panel.set_xlabel("nodes of the draft (hier: of the inner tree)")
-    panel.set_ylabel("predicted speedup, best depth")
-    panel.set_ylim(bottom=0)
+    panel.set(xlabel="nodes of the draft (hier: of the inner tree)", ylabel="predicted speedup, best depth", ylim=(0, None))
     panel.set_title("Speedup by tree size", fontsize=10)

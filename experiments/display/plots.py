@@ -85,9 +85,7 @@ def _speeds(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any],
               + (f"\n{times(figure['speedup'])}" if figure["speedup"] is not None and method != "baseline" else "")
               for method, figure in figures.items()]
     panel.bar_label(bars, labels, padding=2)
-    panel.set_ylim(0, max(heights) * 1.2 or 1.0)
-    panel.set_xlim(-0.7, max(len(figures), 2) - 0.3)
-    panel.set_ylabel(f"tokens/s ({asked})")
+    panel.set(ylim=(0, max(heights) * 1.2 or 1.0), xlim=(-0.7, max(len(figures), 2) - 0.3), ylabel=f"tokens/s ({asked})")
     panel.set_title("Speed", fontsize=10)
 
 
@@ -100,10 +98,8 @@ def _accept_lengths(panel: Axes, figures: Mapping[str, Any], palette: Mapping[st
         tallest = max(tallest, *shares)
         panel.bar([length + offset for length in range(1, len(counts) + 1)], shares, width=width, color=palette[method],
                   label=f"{method}, mean {figure['mean_accept_length']:.2f}")
-    panel.set_ylim(0, tallest * (1.1 + 0.08 * len(figures)))
-    panel.set_xticks(range(1, longest + 1))
-    panel.set_xlabel("tokens accepted in a round")
-    panel.set_ylabel("% of rounds")
+    panel.set(ylim=(0, tallest * (1.1 + 0.08 * len(figures))), xticks=range(1, longest + 1),
+              xlabel="tokens accepted in a round", ylabel="% of rounds")
     panel.set_title("Accept length", fontsize=10)
     panel.legend(frameon=False, fontsize=9)
 
@@ -112,10 +108,8 @@ def _depths(panel: Axes, figures: Mapping[str, Any], palette: Mapping[str, Any])
     for method, figure in figures.items():
         shares = [100 * share for share in figure["depth_acceptance"]]
         panel.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, color=palette[method])
-    panel.set_ylim(0, 104)
-    panel.set_xticks(range(1, max(len(figure["depth_acceptance"]) for figure in figures.values()) + 1))
-    panel.set_xlabel("draft's depth")
-    panel.set_ylabel("% of rounds that came so far")
+    deepest = max(len(figure["depth_acceptance"]) for figure in figures.values())
+    panel.set(ylim=(0, 104), xticks=range(1, deepest + 1), xlabel="draft's depth", ylabel="% of rounds that came so far")
     panel.set_title("Acceptance by depth", fontsize=10)
 
 
@@ -142,9 +136,7 @@ def plot_speedups(bars: Sequence[Bar], path: pathlib.Path, *, base: str, title: 
                         fontweight="bold" if any(bar.relative is not None for _, _, bar in mine) else "normal")
     panel.axhline(1, color="#333333", linewidth=0.8, linestyle=":")
     panel.set_xticks(range(len(groups)), list(groups))
-    panel.set_xlim(-0.6, len(groups) - 0.4)
-    panel.set_ylim(0, max(bar.speedup for bar in bars) * 1.12)
-    panel.set_ylabel(f"speedup over {base}")
+    panel.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, max(bar.speedup for bar in bars) * 1.12), ylabel=f"speedup over {base}")
     if any(bar.relative is not None for bar in bars):
         panel.set_title("bold: relative to plain decoding of the same model and precision", fontsize=9)
     _clean(panel)
@@ -197,8 +189,7 @@ def _heat(panel: Axes, heat: HeatMap, figure: Figure, unit: str) -> None:
                        color="black" if value > darkest_bright else "white")
     panel.set_xticks(range(len(heat.columns)), [str(column) for column in heat.columns])
     panel.set_yticks(range(len(heat.rows)), [str(row) for row in heat.rows])
-    panel.set_xlabel(heat.x)
-    panel.set_ylabel(heat.y)
+    panel.set(xlabel=heat.x, ylabel=heat.y)
     panel.set_title(heat.title, fontsize=10)
     figure.colorbar(image, ax=panel, label=unit)
 
