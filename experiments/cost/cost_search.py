@@ -47,22 +47,21 @@ def plain(costs: Costs) -> Prediction:
 
 def chains(costs: Costs, agreements: Sequence[Int32[np.ndarray, "R"]], lengths: Sequence[int]) -> Iterator[Prediction]:
     """Of chains of the lengths given, from each answer's `acceptance.agreement`."""
-    extremes = costs.extremes
+    sides = costs, *costs.extremes
     for length in lengths:
         count = _count(agreements, lambda runs, length=length: np.minimum(runs, length) + 1)
-        spread = tuple(side.tree_round(length, length + 1) for side in extremes)
-        seconds = costs.tree_round(length, length + 1)
-        yield _prediction(Choice(method="spec", draft_length=length), count, seconds, costs, spread)
+        seconds = [side.tree_round(length, length + 1) for side in sides]
+        yield _prediction(Choice(method="spec", draft_length=length), count, seconds, costs)
 
 
 def trees(method: str, costs: Costs, answers: Sequence[Ranks], top_k: int, sizes: Sequence[int], depths: Sequence[int]
           ) -> Iterator[Prediction]:
     """Of EAGLE trees of every depth and size that has candidates enough."""
-    extremes = costs.extremes
+    sides = costs, *costs.extremes
     for tree in _shapes(top_k, sizes, depths):
         count = _count(answers, lambda ranks, tree=tree: tree_lengths(ranks, tree.depth, tree.size))
-        spread = tuple(side.tree_round(tree.depth, tree.size) for side in extremes)
-        yield _prediction(Choice(method=method, tree=tree), count, costs.tree_round(tree.depth, tree.size), costs, spread)
+        seconds = [side.tree_round(tree.depth, tree.size) for side in sides]
+        yield _prediction(Choice(method=method, tree=tree), count, seconds, costs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,17 +87,15 @@ class SmallRanks:
 def hierarchies(costs: Costs, answers: Sequence[SmallRanks], top_k: int, sizes: Sequence[int], depths: Sequence[int],
                 min_draft_lengths: Sequence[int], *, always_ahead: bool = False) -> Iterator[Prediction]:
     """Of the hierarchy with inner trees of every depth and size and every least draft."""
-    extremes = costs.extremes
+    sides = costs, *costs.extremes
     for tree in _shapes(top_k, sizes, depths):
         shaped = [answer.shaped(tree) for answer in answers]
         for length in min_draft_lengths:
             count = sum((answer.count(length, always_ahead=always_ahead) for answer in shaped), Count())
             if count.rounds:
                 inner, ahead = count.inner_rounds / count.rounds, count.ahead / count.rounds
-                seconds, *spread = (side.hierarchical_round(tree.depth, tree.size, length, inner, ahead)
-                                    for side in (costs, *extremes))
-                made = _prediction(Choice(method="hier", tree=tree, min_draft_length=length), count, seconds, costs,
-                                   tuple(spread))
+                seconds = [side.hierarchical_round(tree.depth, tree.size, length, inner, ahead) for side in sides]
+                made = _prediction(Choice(method="hier", tree=tree, min_draft_length=length), count, seconds, costs)
                 yield dataclasses.replace(made, inner_accept_length=count.drafted / max(count.inner_rounds, 1))
 
 
@@ -114,7 +111,8 @@ def _count(answers: Sequence[np.ndarray], lengths: Callable[[np.ndarray], Int32[
     return sum((Count(tokens=len(answer), rounds=count_rounds(lengths(answer))) for answer in answers), Count())
 
 
-def _prediction(choice: Choice, count: Count, seconds: float, costs: Costs, spread: tuple[float, ...]) -> Prediction:
-    fastest, slowest = spread
-    return Prediction(choice=choice, accept_length=count.accept_length, seconds=seconds, spread=(fastest, slowest),
-                      speedup=costs.plain * count.accept_length / seconds)
+def _prediction(choice: Choice, count: Count, seconds: Sequence[float], costs: Costs) -> Prediction:
+    """`seconds` are those of a round, of its fastest runs and of its slowest."""
+    usual, fastest, slowest = seconds
+    return Prediction(choice=choice, accept_length=count.accept_length, seconds=usual, spread=(fastest, slowest),
+                      speedup=costs.plain * count.accept_length / usual)
