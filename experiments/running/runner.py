@@ -49,14 +49,6 @@ class _Desk:
     bench: Bench
     benchmark: Benchmark
 
-    @property
-    def max_length(self) -> int:
-        return self.bench.max_length
-
-    @property
-    def precision(self) -> str:
-        return self.bench.precision
-
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self.benchmark.encode(self.bench, messages)
 
@@ -183,7 +175,7 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
         reporter.doing(ANSWERING)
         file.start()
         # a model that bears another name by now is the same one
-        model_id = file.model_id or f"{settings.models.target_name}-{desk.precision}-{method}"
+        model_id = file.model_id or f"{settings.models.target_name}-{desk.bench.precision}-{method}"
         for question in waiting:
             turns, cut = _converse(decoder, desk, question, settings.max_new_tokens)
             reporter.answered(file.append(answer_format.record(question, turns, model_id=model_id, cut=cut)))
@@ -202,9 +194,9 @@ def _converse(decoder: sm.Decoder, desk: _Desk, question: Question, max_new_toke
     turns: list[Turn] = []
     for _ in question.turns:
         prompt = desk.encode(question.messages([turn.text for turn in turns]))
-        if turns and len(prompt) >= desk.max_length:
+        if turns and len(prompt) >= desk.bench.max_length:
             return turns, (f"turn {len(turns) + 1} has a prompt of {count(len(prompt), 'token')}, the cache holds "
-                           f"{desk.max_length}")
+                           f"{desk.bench.max_length}")
         turns.append(desk.answer(decoder, prompt, max_new_tokens))
     return turns, None
 
@@ -216,9 +208,9 @@ def _first_prompt(question: Question, desk: _Desk) -> list[int]:
 def _check_first_turns(asked: Sequence[Question], desk: _Desk) -> None:
     for question in asked:
         length = len(_first_prompt(question, desk))
-        if length >= desk.max_length:
+        if length >= desk.bench.max_length:
             raise UserError(f"the first turn of question {question.id!r} has {length} tokens, the cache holds "
-                            f"{desk.max_length} with at least one new token; raise --max_length (at most the model's "
+                            f"{desk.bench.max_length} with at least one new token; raise --max_length (at most the model's "
                             "own limit) or leave the question out")
 
 
@@ -227,7 +219,7 @@ def _warm_up(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], max_ne
     longest = max(sum(len(desk.encode([{"role": "user", "content": said}])) for said in question.turns)
                   + (len(question.turns) - 1) * max_new_tokens for question in asked)
     prompt = _first_prompt(asked[0], desk)
-    room = desk.max_length - 2
+    room = desk.bench.max_length - 2
     for shorter, length in zip((0, *decoder.prefill_chunks), decoder.prefill_chunks, strict=False):
         if shorter < min(longest, room):
             decoder.generate((prompt * length)[:min(length, room)], max_new_tokens=2)
@@ -236,14 +228,14 @@ def _warm_up(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], max_ne
 def _measure(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float | None
              ) -> dict[str, Any]:
     """What a report needs beside the answers: seconds of the phases, bytes of a round, the device and the versions."""
-    prompt = _first_prompt(asked[0], desk)[:desk.max_length // 2]
+    prompt = _first_prompt(asked[0], desk)[:desk.bench.max_length // 2]
     phases = decoder.phase_times(prompt)
     live_length = round(statistics.fmean(length + new / 2 for answer in found
                                          for length, new in zip(answer.prompt_tokens, answer.new_tokens, strict=True)))
     inner = inner_work(found, decoder.drafter) if any(answer.draft_accept_lengths for answer in found) else {}
     return {
         "device": device.device_name(), "device_bandwidth": bandwidth, "jax": jax.__version__,
-        "precision": desk.precision, "max_length": desk.max_length, "phase_prompt_tokens": len(prompt),
+        "precision": desk.bench.precision, "max_length": desk.bench.max_length, "phase_prompt_tokens": len(prompt),
         "prefill": phases.prefill, "draft": phases.draft, "verify": phases.verify, "round": phases.round,
         "live_length": live_length, **inner, "bytes_per_round": int(decoder.bytes_per_round(live_length, **inner)),
     }
