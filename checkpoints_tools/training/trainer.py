@@ -175,7 +175,9 @@ class Trainer:
             with (self._directory / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:
-            raise self._unwritable(error) from None
+            reason = error.strerror or str(error).splitlines()[0][:160]
+            raise UserError(f"{self._directory} can't be written: {reason}; the checkpoints it holds are kept, and the same "
+                            "command goes on behind them") from None
 
     def _mend_log(self, done: int) -> None:
         """Drops what the log says of updates that are made again, and the half line that a full disk may have left."""
@@ -185,11 +187,6 @@ class Trainer:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = "".join(line for line in lines if (step := _logged_step(line)) is not None and step <= done)
         put_text(log, kept, advice="the checkpoints there are kept, and the same command goes on behind them")
-
-    def _unwritable(self, error: OSError) -> UserError:
-        reason = error.strerror or str(error).splitlines()[0][:160]
-        return UserError(f"{self._directory} can't be written: {reason}; the checkpoints it holds are kept, and the same "
-                         "command goes on behind them")
 
 
 def _logged_step(line: str) -> int | None:

@@ -134,9 +134,11 @@ class AnswerFile:
     def _take(self, content: bytes) -> None:
         """Whole lines, and a last one that lacks nothing but its end; a shorter one counts as the beginning of an answer."""
         *lines, last = content.split(b"\n")
-        with _with_way_out():
-            whole = _is_answer(last) or not _is_beginning(last)
+        whole = _is_answer(last) or not _is_beginning(last)
+        try:
             self.found = _parsed(self.path, [*lines, last] if whole else lines)
+        except UserError as error:
+            raise UserError(f"{error}; mend or remove that line, {_WAY_OUT}") from None
         self._end = len(content) - (0 if whole else len(last))
 
     def _check_one_run(self) -> None:
@@ -167,14 +169,6 @@ class AnswerFile:
             yield
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror}; {_GOES_ON}") from None
-
-
-@contextlib.contextmanager
-def _with_way_out() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; mend or remove that line, {_WAY_OUT}") from None
 
 
 def _content(path: pathlib.Path) -> bytes:
