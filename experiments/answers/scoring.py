@@ -76,6 +76,11 @@ class Score:
         """Right answers over answers."""
         return self.right / len(self.verdicts)
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What files say of it, as JSON values."""
+        return {"metric": self.metric, "share": self.share, "right": self.right, "answered": len(self.verdicts)}
+
 
 def score(scorer: Scorer, found: Sequence[Answer], asked: Sequence[Question]) -> Score:
     """Judges the first turn of each answer, several at a time.
@@ -117,7 +122,6 @@ def write(answer_file: pathlib.Path, scores: Sequence[tuple[str, Score]]) -> pat
 
 
 def _record(model_id: str, score: Score) -> dict[str, Any]:
-    return {"model_id": model_id, "metric": score.metric, "share": score.share, "right": score.right,
-            "answered": len(score.verdicts), "questions": score.questions, "judged": score.judged,
+    return {"model_id": model_id, **score.figures, "questions": score.questions, "judged": score.judged,
             "verdicts": [{"question_id": ident, "right": verdict.right, "detail": verdict.detail}
                          for ident, verdict in score.verdicts.items()]}

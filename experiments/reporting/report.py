@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments.answers import metrics
 from experiments.answers.answer_files import Answer
-from experiments.answers.scoring import Score, score_file
+from experiments.answers.scoring import score_file
 from experiments.cost.predict import describe
 from experiments.display import plots
 from experiments.display.cells import NO_VALUE, milliseconds, number, part, percent, times
@@ -183,12 +183,8 @@ def _figures(result: Result, base: Result | None, chosen: Mapping[str, Any] | No
         "categories": {category: metrics.mean_speed(answer.speed for answer in group)
                        for category, group in by_category(found).items()},
         "cut": sum(answer.cut is not None for answer in found),
-        "score": _score(result.score) if result.score else None,
+        "score": result.score.figures if result.score else None,
     }
-
-
-def _score(score: Score) -> dict[str, Any]:
-    return {"metric": score.metric, "share": score.share, "right": score.right, "answered": len(score.verdicts)}
 
 
 def _tasks(result: Result, base: Result | None, task: Callable[[str], str]) -> dict[str, dict[str, Any]]:
