@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -16,42 +15,41 @@ from specmq_jax.kept_settings import changes, read_settings, write_settings
 from specmq_jax.locks import locked
 from specmq_jax.network.parameters import Formats
 
+_GOES_ON = "the layers it holds are kept, and the same command goes on behind them"
+
 
 class KeptLayers:
-    """The directory .NAME.layers beside the checkpoint NAME: what decides the layers, and a file for each.
+    """The directory .NAME.layers beside the checkpoint NAME: what decides the layers, and a file for each."""
 
-    A context manager: while it is open, other runs are kept out.
-    """
+    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], target: Formats):
+        """Changes nothing on the disk; arguments as in `opened`, but for the directory of the layers itself."""
+        self.directory, self._settings, self._target = directory, settings, target
 
-    def __init__(self, destination: pathlib.Path, settings: Mapping[str, Any], target: Formats):
-        """
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, destination: pathlib.Path, settings: Mapping[str, Any], target: Formats) -> Iterator[Self]:
+        """The layers of a checkpoint in the making; other runs are kept out of them while the context lasts.
+
         Args:
           destination: of the checkpoint.
           settings: what decides the layers, JSON values.
           target: that the layers' weights are in.
-        """
-        absolute = destination.absolute()
-        self.directory = absolute.parent / f".{absolute.name}.layers"
-        self._settings, self._target, self._claim = settings, target, contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
-        """
         Raises:
           UserError: layers found there were made with other settings, another run makes some, or the directory can't be
             written.
         """
-        with self._claim as claim:
-            with self._writing():
-                self.directory.mkdir(parents=True, exist_ok=True)
-            claim.enter_context(locked(
-                self.directory / ".lock", f"another run is making the layers in {self.directory}; wait until it has ended, or "
-                                          "give another destination"))
-            self._check()
-            self._claim = claim.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._claim.close()
+        absolute = destination.absolute()
+        directory = absolute.parent / f".{absolute.name}.layers"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory} can't be written: {error.strerror or error}; {_GOES_ON}") from None
+        with locked(directory / ".lock", f"another run is making the layers in {directory}; wait until it has ended, or give "
+                                         "another destination"):
+            kept = cls(directory, settings, target)
+            kept._check()
+            yield kept
 
     def _check(self) -> None:
         path = self.directory / "settings.json"
@@ -68,7 +66,7 @@ class KeptLayers:
     def save(self, layer: int, weights: Mapping[str, Weight]) -> None:
         """Keeps a layer's weights, by their names in `parameter_shapes`."""
         leaves = {f"{path}#{i}": leaf for path, weight in weights.items() for i, leaf in enumerate(jax.tree.leaves(weight))}
-        save_leaves(self._file(layer), leaves, "the layers it holds are kept, and the same command goes on behind them")
+        save_leaves(self._file(layer), leaves, _GOES_ON)
 
     def load(self, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight] | None:
         """A layer's weights at the paths of `shapes`; None where it has not been kept.
@@ -95,14 +93,6 @@ class KeptLayers:
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.directory} can't be written: {error.strerror or error}; the layers it holds are kept, and "
-                            "the same command goes on behind them") from None
 
     def _file(self, layer: int) -> pathlib.Path:
         return self.directory / f"layer_{layer:03}.safetensors"

@@ -76,7 +76,7 @@ class Quantiser:
         """
         tokens = hashlib.sha256(np.ascontiguousarray(self._calibration.tokens)).hexdigest()[:16]
         settings = {"source content": content, **self._target.names, **made, "calibration tokens": tokens}
-        with KeptLayers(destination, settings, self._target) as kept:
+        with KeptLayers.opened(destination, settings, self._target) as kept:
             layers = self._config.num_layers
             with arguments.progress_bar() as progress:
                 task = progress.add_task(f"{self._reader.location.name} to {self._target.linear.name}", total=layers)

@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
     with pytest.raises(UserError, match="checkpoints/3 can't be written: No space left on device; make room there"):
         Checkpoints(tmp_path / "checkpoints").save(3, LEAVES)
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
-    with KeptLayers(tmp_path / "made", {}, FORMATS) as kept:
+    with KeptLayers.opened(tmp_path / "made", {}, FORMATS) as kept:
         with pytest.raises(UserError, match="No space left on device; the layers it holds are kept"):
             kept.save(0, LEAVES)
         assert sorted(path.name for path in kept.directory.iterdir()) == [".lock", "settings.json"]
@@ -107,11 +107,11 @@ def test_a_checkpoint_without_its_file_is_told(tmp_path):
 
 
 def test_layers_are_made_by_one_run_at_a_time(tmp_path):
-    with KeptLayers(tmp_path / "made", {}, FORMATS):
+    with KeptLayers.opened(tmp_path / "made", {}, FORMATS):
         with pytest.raises(UserError, match="another run is making the layers in .*made.layers; wait"), \
-                KeptLayers(tmp_path / "made", {}, FORMATS):
+                KeptLayers.opened(tmp_path / "made", {}, FORMATS):
             pass
-    with KeptLayers(tmp_path / "made", {}, FORMATS) as kept:
+    with KeptLayers.opened(tmp_path / "made", {}, FORMATS) as kept:
         kept.remove()
     assert not list(tmp_path.iterdir())
 
@@ -120,13 +120,13 @@ def test_layers_are_made_by_one_run_at_a_time(tmp_path):
     (None, "holds layers, and settings.json, which tells how they were made, is missing"), ("[", "is not valid JSON"),
     ('{"linear": "w8a8"}', r"other settings \(linear 'w8a8' there and 'fp16' here\)")])
 def test_layers_of_other_or_unknown_settings_are_refused(tmp_path, content, message):
-    with KeptLayers(tmp_path / "made", {"linear": "fp16"}, FORMATS) as kept:
+    with KeptLayers.opened(tmp_path / "made", {"linear": "fp16"}, FORMATS) as kept:
         kept.save(0, LEAVES)
     settings = kept.directory / "settings.json"
     settings.unlink()
     if content:
         settings.write_text(content)
     with pytest.raises(UserError, match=f"{message}.*another destination") as caught, \
-            KeptLayers(tmp_path / "made", {"linear": "fp16"}, FORMATS):
+            KeptLayers.opened(tmp_path / "made", {"linear": "fp16"}, FORMATS):
         pass
     assert "\n" not in str(caught.value) and (kept.directory / "layer_000.safetensors").exists()
