@@ -220,17 +220,11 @@ def _reader() -> Callable[[], str]:
     return lambda: input(_PROMPT)
 
 
-def _take_any_text() -> None:
-    """Lets a terminal of any encoding show every answer; what is no text there becomes surrogates, which `Chat` refuses."""
-    for stream, handler in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=handler)
-
-
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, loads and chats."""
     flags.no_arguments(argv)
-    _take_any_text()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text there becomes surrogates, which `Chat` refuses
+        sys.stdin.reconfigure(errors="surrogateescape")
     settings = assistant.settings("chat")
     console = Console()
     aside = console if console.is_terminal else Console(stderr=True)
