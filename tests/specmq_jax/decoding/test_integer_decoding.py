@@ -55,7 +55,7 @@ def test_a_head_that_reads_captured_states_gives_the_plain_output_and_cache():
     check(sm.load(DATA / "eagle" / "eagle3_base", precision="w8a8"), ("eagle3",))
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w4a8-qoq"])
+@pytest.mark.parametrize("precision", ["w8a8", pytest.param("w4a8-qoq", marks=pytest.mark.slow)])
 def test_sizes_that_are_no_powers_of_two_give_the_plain_output_and_cache(precision):
     config = tiny_config(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64)
     check(expanded(sm.random_model(config, "fp32", seed=4), precision), ("spec",))

@@ -40,7 +40,7 @@ def drafters(model, draft, answer):
             "own chain": sm.ChainDrafter(model, 4)}
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 1e30])
 @pytest.mark.parametrize("name", ["none", "chain", "tree", "own chain"])
 def test_an_answer_ends_at_the_token_whose_state_is_not_finite(tiny, tiny_draft, answer, name, value):
     """Squares of 1e30 are infinite in f32."""
@@ -105,7 +105,7 @@ def test_a_rejected_draft_that_is_not_finite_reaches_nothing(tiny, tiny_draft, a
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128", "w4a16-g32", "w8a16"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_no_precision_makes_a_number_of_it(precision, value):
     model = with_embedding(expanded(sm.random_model(tiny_config(hidden_size=128), "fp32", seed=1), precision), 40, value)
     with pytest.raises(NotFiniteError, match=r"at token 3 of the prompt \(id 40\)"):
