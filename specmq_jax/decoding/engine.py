@@ -159,14 +159,14 @@ class Engine:
             temperature = default.temperature if default else 0.0
         stops = self._stop_tokens(self.config.stop_tokens if stop_tokens is None else stop_tokens)
         least = entries.integer("a request", "min_tokens", min_tokens, low=0)
-        for token in logit_bias or {}:
-            if entries.is_integer(token) and token >= self.target.config.vocab_size:
-                raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
         key = RequestKey.of(
             seed=self.config.seed if seed is None else seed, temperature=temperature,
             top_k=(default.top_k if default else 0) if top_k is None else top_k,
             top_p=(default.top_p if default else 1.0) if top_p is None else top_p, min_p=min_p, logit_bias=logit_bias,
-            barred=stops if least else (), bar=len(prompt) + least if least else 0)
+            barred=stops if least else (), bar=min(len(prompt) + least, self.config.max_len) if least else 0)
+        for token in logit_bias or {}:
+            if token >= self.target.config.vocab_size:
+                raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
         ticket = Ticket(self, Request(
             prompt=prompt, key=key, draws=temperature > 0 or bool(logit_bias) or least > 0, stop_tokens=stops,
             limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))))
@@ -184,17 +184,18 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles all that requests will need: two loops for each of `buckets`, one of which draws, and each chunk length of a
-        prompt, once as the last of it and once before."""
+        prompt, once as the last of it and once before. Requests that were submitted are answered first."""
         with self._driving:
-            self._finish_pending()
+            while self.step():
+                pass
+            if self._is_closed:
+                raise UserError("the engine is closed")
             for size in self.buckets:
                 slots = np.arange(size, dtype=np.int32)
                 for draws in (False, True):
                     self._state, _ = self._run(self.params, self._state, slots, draws)
-            if self._running or self._entering:
-                return  # what they need of chunks they have compiled, or will
-            request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False,
-                               stop_tokens=())
+            self._held[0] = np.zeros(0, np.int32)  # whose rows are written over
+            request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False, stop_tokens=())
             for size in self._chunks:
                 chunk = Chunk(np.zeros(size, np.int32), np.zeros(size, np.int32), np.int32(1), np.int32(0), np.bool_(True))
                 self._state = self._take_in(self.params, self._state, np.int32(0), chunk)
@@ -331,7 +332,7 @@ class Engine:
             ticket.coming += ROUNDS
             if self._ends_for_certain(ticket):
                 del self._running[slot]
-                self._free.append(slot)
+                self._release(ticket)
 
     def _ends_for_certain(self, ticket: Ticket) -> bool:
         """Whether what has been started will bring it to its limit: a round commits a token at least."""
@@ -399,7 +400,7 @@ class Engine:
             self._keep(ticket)
         if done and self._running.get(slot) is ticket:
             del self._running[slot]
-            self._free.append(slot)
+            self._release(ticket)
 
     def _release(self, ticket: Ticket) -> None:
         self._free.append(ticket.slot)
@@ -419,7 +420,7 @@ class Engine:
         return dataclasses.replace(Rounds.of(self.target, self.drafter, self.config), sampling=RequestSampling())
 
     def _stop_tokens(self, stop_tokens: Sequence[int]) -> tuple[int, ...]:
-        stops = entries.integers("a request", "stop_tokens", tuple(stop_tokens))
+        stops = entries.integers("a request", "stop_tokens", stop_tokens)
         if len(stops) > MOST_STOP_TOKENS:
             raise UserError(f"a request has at most {MOST_STOP_TOKENS} stop tokens; found {len(stops)}")
         return stops

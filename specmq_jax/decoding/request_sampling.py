@@ -1,7 +1,6 @@
 """Sampling whose settings are arrays, so that requests with settings of their own share one compiled loop."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -18,7 +17,7 @@ from specmq_jax.network import side_by_side
 
 MOST_BIASES, MOST_STOP_TOKENS = 64, 16
 """Tokens of a request with a bias, and stop tokens: each has room for so many."""
-_NO_TOKEN = -1
+_MOST_BIAS, _NO_TOKEN = 1e6, -1
 
 
 @flax.struct.dataclass
@@ -53,20 +52,24 @@ class RequestKey:
         Raises:
           UserError: a setting outside its range.
         """
-        bias = logit_bias or {}
+        bias = {} if logit_bias is None else logit_bias
+        if not isinstance(bias, Mapping):
+            raise UserError(f"logit_bias must map token ids to numbers; found {entries.shown(bias)}")
         if len(bias) > MOST_BIASES:
             raise UserError(f"a request has at most {MOST_BIASES} tokens with a bias; found {len(bias)}")
         for token, value in bias.items():
             if not entries.is_integer(token) or token < 0 or isinstance(value, bool) or not isinstance(
-                    value, int | float) or not math.isfinite(value):
-                raise UserError(f"logit_bias must map token ids to finite numbers; found {token!r}: {value!r}")
-        sampling.Sampling(temperature=temperature or 1.0, top_k=top_k, top_p=top_p)  # whose checks these are
+                    value, int | float) or not abs(value) <= _MOST_BIAS:
+                raise UserError(f"logit_bias must map token ids to numbers of at most {_MOST_BIAS:g} either way; found "
+                                f"{token!r}: {value!r}")
+        # whose checks these are
+        sampling.Sampling(temperature=1.0 if temperature == 0 else temperature, top_k=top_k, top_p=top_p)
         if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
             raise UserError(f"min_p must lie in [0, 1]; found {min_p!r}")
         # a device may take a smaller number for the 0 of greedy decoding, in which tokens that tie don't share the draws
         least = float(jnp.finfo(jnp.float32).tiny) if temperature else 0.0
         return cls(key=sampling.seed_key(seed), temperature=jnp.float32(max(temperature, least)), top_p=jnp.float32(top_p),
-                   top_k=jnp.int32(top_k), min_p=jnp.float32(min_p),
+                   top_k=jnp.int32(min(top_k, entries.LARGEST)), min_p=jnp.float32(min_p),
                    biased=_filled([*bias], MOST_BIASES, _NO_TOKEN, jnp.int32),
                    biases=_filled([*bias.values()], MOST_BIASES, 0, jnp.float32),
                    barred=_filled(barred, MOST_STOP_TOKENS, _NO_TOKEN, jnp.int32), bar=jnp.int32(bar))

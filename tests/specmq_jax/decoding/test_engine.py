@@ -154,7 +154,16 @@ def test_requests_of_several_threads_are_all_answered(pairs):
 
 def test_everything_is_compiled_by_warm_up(target):
     with sm.Engine(target, config=CONFIG, slots=3) as engine:
-        engine.warm_up()
+        before = engine.submit([5, 6, 7, 8, 9], 40)
+        engine.step()
+        engine.warm_up()  # answers what was asked before, and leaves nothing in its slot to go on behind
+        assert before.is_done
+        again = engine.submit([5, 6, 7, 8, 9, *before.tokens], 9)
+        alone = Alone(target, sm.NoDrafter())
+        assert again.result() and again.reused == 0
+        for ticket, most in ((before, 40), (again, 9)):
+            asked = {"prompt_ids": ticket.request.prompt.tolist(), "max_new_tokens": most, "stop_tokens": []}
+            assert ticket.result().tokens.tolist() == alone.tokens(asked)
         functions = engine._run, engine._take_in, engine._admit
         assert engine.buckets == (1, 2, 3)
         before = [function._cache_size() for function in functions]
@@ -202,12 +211,17 @@ def test_what_no_engine_can_do_is_refused(target):
                              ({"stop_tokens": range(17)}, "at most 16 stop tokens; found 17"),
                              ({"min_tokens": -1}, "min_tokens"),
                              ({"logit_bias": {61: 1.0}}, "logit_bias names token 61; the vocabulary has 61"),
-                             ({"logit_bias": {1: float("nan")}}, "finite numbers; found 1: nan"),
+                             ({"logit_bias": {1: float("nan")}}, r"numbers of at most 1e\+06 either way; found 1: nan"),
+                             ({"logit_bias": {1: 1e39}}, r"found 1: 1e\+39"),
+                             ({"logit_bias": [1]}, "logit_bias must map token ids"),
+                             ({"temperature": ""}, "temperature"), ({"stop_tokens": 3}, "stop_tokens"),
                              ({"logit_bias": {-1: 1.0}}, "must map token ids")]:
         with pytest.raises(sm.UserError, match=message):
             engine.submit([1], **options)
     with pytest.raises(sm.UserError, match="at most 64 tokens with a bias; found 65"):
         RequestKey.of(seed=0, logit_bias=dict.fromkeys(range(65), 1.0))
+    # more than there is of either counts as all
+    assert len(engine.submit([1, 2], 3, temperature=1.0, top_k=2**40, min_tokens=2**31 - 1).result().tokens) == 3
     waiting = engine.submit([1, 2])
     engine.close()
     with pytest.raises(sm.UserError, match="^the engine is closed$"):
