@@ -1,11 +1,12 @@
-"""How products with few rows of activations are cut into programs.
+"""How products with up to 512 rows of activations are cut into programs.
 
 They are computed transposed, out^T = W x^T: as the tensor core's left operand the weights stay in registers, and as few as 8
-rows of activations make a product. A program takes up to 64 rows, `block_n` outputs and one share of K.
+rows of activations make a product. A program takes up to `block_m` rows, `block_n` outputs and one share of K.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ from pallas_kernels.partials import stored
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 BLOCK_ROWS = 64
-"""Rows of a program: more are another program's, which finds the weights in the L2 cache."""
+"""Rows of a program that weights from memory keep busy; more are worth weights that are unpacked for all of them at once."""
+MAX_ROWS = 512
+"""More rows cost less by weights that are unpacked once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,54 +31,68 @@ class Config:
     """How a product is cut, whatever its weights are.
 
     Attributes:
+      block_m: rows a program computes where there are so many, a power of two of at least 16. The others are another program's,
+        which finds the weights in the L2 cache.
       block_n: outputs a program computes, a power of two of at least 16.
       split_k: shares of K; fewer come out when K has fewer blocks.
       num_warps: they share the outputs of a program.
       num_stages: blocks whose loads are in flight.
     """
 
+    block_m: int = BLOCK_ROWS
     block_n: int = 64
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
 
     def __post_init__(self):
-        launch.check_powers_of_two(self, block_n=16)
+        launch.check_powers_of_two(self, block_m=16, block_n=16)
         if self.split_k < 1:
             raise ValueError(f"split_k is {self.split_k}; expected at least 1")
 
 
-def program_shapes(rows: int) -> list[tuple[int, int]]:
-    """Outputs and warps of a program."""
+def program_shapes(rows: int) -> list[dict[str, int]]:
+    """Rows, outputs and warps of a program that are worth timing."""
     if rows <= 16:
-        return [(32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)]
-    return [(64, 4), (128, 4), (128, 8), (256, 8)]
+        shapes = [(BLOCK_ROWS, 32, 1), (BLOCK_ROWS, 64, 1), (BLOCK_ROWS, 64, 2), (BLOCK_ROWS, 64, 4), (BLOCK_ROWS, 128, 2),
+                  (BLOCK_ROWS, 128, 4)]
+    elif rows <= BLOCK_ROWS:
+        shapes = [(BLOCK_ROWS, 64, 4), (BLOCK_ROWS, 128, 4), (BLOCK_ROWS, 128, 8), (BLOCK_ROWS, 256, 8)]
+    else:
+        shapes = [(64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 4), (256, 128, 8),
+                  (256, 256, 16)]
+    return [{"block_m": block_m, "block_n": block_n, "num_warps": warps} for block_m, block_n, warps in shapes
+            if block_m <= max(BLOCK_ROWS, tuned_rows(rows))]
 
 
 def tuned_rows(rows: int) -> int:
-    """The size of a program's axis of rows, by which tuned tables know a product."""
-    return max(8, launch.power_of_two(min(rows, BLOCK_ROWS)))
+    """The power of two by which tuned tables know a product."""
+    return max(8, launch.power_of_two(min(rows, MAX_ROWS)))
 
 
-def filling(inner: int, outputs: int, configs: Sequence[Any]) -> list[Any]:
+def filling(rows: int, inner: int, outputs: int, configs: Sequence[Any]) -> list[Any]:
     """Those with a split that K allows and as many warps as a GPU of about 132 SMs has use for; more where nothing is split."""
-    warps = {config: pl.cdiv(outputs, config.block_n) * config.split_k * config.num_warps for config in configs
+    warps = {config: math.prod(grid(rows, outputs, config, shares=config.split_k)) * config.num_warps for config in configs
              if share_count(inner, config.block_k, config.split_k) == config.split_k}
     least, most = min(500, max(warps.values())), max(3200, min(warps.values()))
     return [config for config, count in warps.items() if least <= count and (count <= most or config.split_k == 1)]
 
 
-def three_an_sm(config: Any, inner: int, outputs: int) -> Any:
-    """The config with a split of K that starts about three programs for each of about 132 SMs."""
-    split_k = min(396 // pl.cdiv(outputs, config.block_n), pl.cdiv(inner, config.block_k) // 4, 12)
+def three_an_sm(config: Any, rows: int, inner: int, outputs: int) -> Any:
+    """The config with a split of K that starts about three programs for each of about 132 SMs; one where many rows want a
+    larger one."""
+    programs = 396
+    if rows > BLOCK_ROWS:
+        config, programs = dataclasses.replace(config, block_m=128, block_n=128, num_warps=8, num_stages=3), 132
+    split_k = min(programs // math.prod(grid(rows, outputs, config, shares=1)), pl.cdiv(inner, config.block_k) // 4, 12)
     return dataclasses.replace(config, split_k=max(1, split_k))
 
 
 def byte_candidates(kind: type[Config], rows: int, inner: int, outputs: int, *, block_k: Sequence[int]) -> list[Any]:
     """Configs worth timing of a product with 8-bit weights, with every split that fills a GPU about once."""
-    return filling(inner, outputs, [
-        kind(block_n=block_n, num_warps=warps, block_k=columns, split_k=split_k, num_stages=stages)
-        for (block_n, warps), columns, split_k, stages in itertools.product(program_shapes(rows), block_k, SPLITS, (3, 4, 5))])
+    return filling(rows, inner, outputs, [
+        kind(**shape, block_k=columns, split_k=split_k, num_stages=stages)
+        for shape, columns, split_k, stages in itertools.product(program_shapes(rows), block_k, SPLITS, (3, 4, 5))])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,24 +183,24 @@ def _load_vector(ref: Any, leading: tuple[Array, ...], index: Array, mask: Array
     return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
 
 
-def cut(rows: int, inner: int, outputs: int, *, block_n: int, block_k: int, shares: int, least_rows: int = 8) -> Cut:
+def cut(rows: int, inner: int, outputs: int, config: Config, *, block_k: int, shares: int, least_rows: int = 8) -> Cut:
     """The present program's part, inside a kernel on a `grid`; `least_rows` is the least size of its axis of rows."""
     blocks = pl.cdiv(inner, block_k)
     each = pl.cdiv(blocks, shares)
     share = pl.program_id(2)
-    output = pl.program_id(1) * block_n + jnp.arange(block_n)
-    block_m = max(least_rows, tuned_rows(rows))
+    output = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)
+    block_m = max(least_rows, min(tuned_rows(rows), config.block_m))
     row = jnp.arange(block_m)
-    if rows > BLOCK_ROWS:
-        row += pl.program_id(0) * BLOCK_ROWS
+    if rows > config.block_m:
+        row += pl.program_id(0) * config.block_m
     return Cut(share=share, first=share * each, last=jnp.minimum((share + 1) * each, blocks), output=output,
-               output_mask=None if outputs % block_n == 0 else output < outputs, row=row,
+               output_mask=None if outputs % config.block_n == 0 else output < outputs, row=row,
                row_mask=None if rows % block_m == 0 else row < rows, block_k=block_k, inner=inner)
 
 
-def grid(rows: int, outputs: int, *, block_n: int, shares: int) -> tuple[int, int, int]:
+def grid(rows: int, outputs: int, config: Config, *, shares: int) -> tuple[int, int, int]:
     """Blocks of rows, which lie side by side, blocks of outputs, shares of K."""
-    return pl.cdiv(rows, BLOCK_ROWS), pl.cdiv(outputs, block_n), shares
+    return pl.cdiv(rows, config.block_m), pl.cdiv(outputs, config.block_n), shares
 
 
 def share_count(inner: int, block_k: int, split_k: int) -> int:
@@ -197,7 +214,7 @@ def launch_product(body: Callable[..., None], operands: tuple[Array, ...], *, ou
     """Runs a product's body, a program for each block of outputs and share of K; `operands[0]` has the rows."""
     rows = len(operands[0])
     [out] = launch.call(
-        body, operands, grid=grid(rows, outputs, block_n=config.block_n, shares=shares), num_warps=config.num_warps,
+        body, operands, grid=grid(rows, outputs, config, shares=shares), num_warps=config.num_warps,
         num_stages=config.num_stages, interpret=interpret, name=name,
         out_shape=(jax.ShapeDtypeStruct((shares * rows, outputs), out_dtype),))
     return out.reshape(shares, rows, outputs)

@@ -95,7 +95,7 @@ def product(rows: int, inner: int, columns: int, group_size: int, *, result: str
         options = {"group_size": group_size, "config": config, "implementation": implementation}
         if result == "product":
             return (w4a16.matmul(x, packed, scales, **options),)
-        partials = w4a16.matmul_partials(x, packed, scales, **options)
+        partials = w4a16.matmul_partials(x, packed, scales, halves=result != "partials", **options)
         if result == "normed":
             # what is left to the norm's readers is not the same in its implementations
             total, *_ = norm.add_rms_norm_deferred(

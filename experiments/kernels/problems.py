@@ -71,12 +71,10 @@ def find(op: str, models: Iterable[LlamaConfig], rows: Sequence[int], group_size
 def _w4a16(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     for (name, (inner, columns)), group_size in itertools.product(linears(model).items(), group_sizes):
         result = "normed" if name in ("o", "down") else "consumed"
-        # of the rows that share a config, the most
-        largest = {w4a16.tuning_key(count, inner, columns, group_size): count
-                   for count in rows if count <= transposed.BLOCK_ROWS}
-        for key, count in largest.items():
+        for count in _largest(rows):
             yield Problem(
-                op="w4a16", keys=(key,), cases=(cases.product(count, inner, columns, group_size, result=result),),
+                op="w4a16", keys=(w4a16.tuning_key(count, inner, columns, group_size),),
+                cases=(cases.product(count, inner, columns, group_size, result=result),),
                 heuristic=w4a16_kernel.heuristic(count, inner, columns),
                 candidates=tuple(w4a16_kernel.candidates(count, inner, columns)))
 
@@ -96,7 +94,7 @@ def _w8a8(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -
         yield Problem(
             op="w8a8", keys=(w8a8.tuning_key(count, inner, columns),),
             cases=(cases.integer_product(count, inner, columns, "w8a8", result="consumed"),),
-            heuristic=w8a8_kernel.heuristic(inner, columns),
+            heuristic=w8a8_kernel.heuristic(count, inner, columns),
             candidates=tuple(w8a8_kernel.candidates(count, inner, columns)))
 
 
@@ -124,7 +122,7 @@ def _w4a8(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -
 
 def _largest(rows: Sequence[int]) -> list[int]:
     """Of the rows that share a product's config, the most."""
-    return list({transposed.tuned_rows(count): count for count in rows if count <= transposed.BLOCK_ROWS}.values())
+    return list({transposed.tuned_rows(count): count for count in rows if count <= transposed.MAX_ROWS}.values())
 
 
 def _attention(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from pallas_kernels import launch, transposed
 from pallas_kernels.dense import api as dense
-from pallas_kernels.partials import add_up
+from pallas_kernels.partials import add_up, sums_dtype
 from pallas_kernels.w4a16 import expansion, kernel, layout, reference
 
 GROUP_SIZES = (32, 64, 128, -1)
@@ -74,8 +74,8 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shape
       group_size: 32, 64 or 128 rows of K, or -1 for one group a column.
       out_dtype: default x's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128
-        rows of f16 or bf16; more rows, or f32, are multiplied by weights expanded into x's dtype.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 512
+        rows of f16, 128 of bf16 or of smaller groups; more rows, or f32, are multiplied by weights expanded into x's dtype.
 
     Returns:
       out_dtype[M, N]; products are accumulated in f32.
@@ -84,20 +84,22 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shape
       ValueError: shapes or dtypes that do not fit each other, or an unknown group size or implementation.
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    partials = _partials(x, packed, scales, group_size, out_dtype, config, implementation)
+    partials = _partials(x, packed, scales, group_size, jnp.dtype(jnp.float32), out_dtype, config, implementation)
     return (partials[0] if partials.shape[0] == 1 else add_up(partials)).astype(out_dtype)
 
 
 def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *,
-                    group_size: int, config: kernel.Config | None = None, implementation: str | None = None,
-                    reproducible: bool = False) -> Float[Array, "S M N"]:
+                    group_size: int, halves: bool = False, config: kernel.Config | None = None,
+                    implementation: str | None = None, reproducible: bool = False) -> Float[Array, "S M N"]:
     """`matmul` with its split-K partial sums left to the consumer: f32[S, M, N] whose sum over S is the product.
 
     S >= 1 depends on the shapes and the device only, and each share is summed in a fixed order. With `reproducible` S and
-    the bits of a row are the same for every number of rows up to `kernel.MAX_ROWS`; more rows give other bits, which
-    depend on the shapes alone. `config` is then left out. The reference promises no bits.
+    the bits of a row are the same for every number of rows up to `transposed.MAX_ROWS`; more rows give other bits, which
+    depend on the shapes alone. `config` is then left out. The reference promises no bits. With `halves` the sums of f16
+    products of more than 64 rows are in f16, NaN beyond its range, for a rounding like that of every activation.
     """
-    return _partials(x, packed, scales, group_size, None, config, implementation, reproducible=reproducible)
+    sums = sums_dtype(halves and len(x) > transposed.BLOCK_ROWS and x.dtype == jnp.float16 and not reproducible)
+    return _partials(x, packed, scales, group_size, sums, sums, config, implementation, reproducible=reproducible)
 
 
 def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
@@ -106,15 +108,18 @@ def tuning_key(rows: int, inner: int, columns: int, group_size: int) -> str:
 
 
 def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], group_size: int,
-              unsplit_dtype: jnp.dtype | None, config: kernel.Config | None, implementation: str | None, *,
+              split_dtype: jnp.dtype, unsplit_dtype: jnp.dtype, config: kernel.Config | None, implementation: str | None, *,
               reproducible: bool = False) -> Float[Array, "S M N"]:
-    """Partial sums in f32, except that an unsplit product of the kernel is in `unsplit_dtype` where that is given."""
+    """Partial sums of the kernel in the one dtype or the other; those of the reference and of many rows in f32."""
     _check(x, packed, scales, group_size)
     chosen = launch.choose(implementation)
     if chosen == "reference":
         return reference.matmul(x, packed, scales, group_size=group_size)[None]
     rows, inner = x.shape
-    if rows > kernel.MAX_ROWS or x.dtype == jnp.float32:
+    # programs of more rows take one product a block, of weights that are scaled as they are unpacked
+    grows = group_size == -1 or (group_size == layout.BLOCK and x.dtype == jnp.float16)
+    most = transposed.MAX_ROWS if grows or reproducible else 2 * transposed.BLOCK_ROWS
+    if rows > most or x.dtype == jnp.float32:
         weights = expansion.dequantise(packed, scales, inner=inner, group_size=group_size, dtype=x.dtype,
                                        interpret=chosen == "interpret")
         if reproducible:
@@ -122,10 +127,10 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Sh
         return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
                                    precision="highest" if x.dtype == jnp.float32 else None)[None]
     if reproducible:
-        # The largest tree's config for all: one instruction, which adds up in one order whatever the number of rows.
-        config = dataclasses.replace(_config(kernel.MAX_ROWS, inner, packed.shape[1], group_size), least_rows=16)
-    config = config or _config(rows, inner, packed.shape[1], group_size)
-    dtype = unsplit_dtype if unsplit_dtype and kernel.shares(inner, config) == 1 else jnp.float32
+        # One config for all: one instruction, which adds up in one order whatever the number of rows.
+        config = dataclasses.replace(_config(transposed.BLOCK_ROWS, inner, packed.shape[1], group_size), least_rows=16)
+    config = config or _config(rows if grows else min(rows, transposed.BLOCK_ROWS), inner, packed.shape[1], group_size)
+    dtype = unsplit_dtype if kernel.shares(inner, config) == 1 else split_dtype
     return kernel.matmul_partials(x, packed, scales, group_size=group_size, out_dtype=dtype, config=config,
                                   interpret=chosen == "interpret")
 

@@ -11,12 +11,12 @@ from pallas_kernels import launch, transposed
 from pallas_kernels.w4a16 import layout
 from pallas_kernels.w4a16.dequantise import planes_of
 
-_BLOCK_N, _WARPS = 64, 4
+_CUT = transposed.Config()
 
 
 def _body(packed_ref, scales_ref, out_ref, *, group_size: int):
     columns, inner = out_ref.shape
-    mine = transposed.cut(1, inner, columns, block_n=_BLOCK_N, block_k=layout.BLOCK, shares=packed_ref.shape[0])
+    mine = transposed.cut(1, inner, columns, _CUT, block_k=layout.BLOCK, shares=packed_ref.shape[0])
     block = mine.first  # a share is a block
     planes = planes_of(mine.tile(packed_ref, block, jnp.arange(layout.WORDS)), jnp.float16, inline_asm=False)
     for number, plane in enumerate(planes):
@@ -39,7 +39,7 @@ def dequantise(packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *, 
     """The weights (q - 8) * scale, multiplied in f32 and rounded to `dtype`, K last."""
     blocks, columns = packed.shape[:2]
     [out] = launch.call(
-        functools.partial(_body, group_size=group_size), (packed, scales), num_warps=_WARPS, num_stages=1,
-        interpret=interpret, name="w4a16_dequantise", grid=transposed.grid(1, columns, block_n=_BLOCK_N, shares=blocks),
+        functools.partial(_body, group_size=group_size), (packed, scales), num_warps=_CUT.num_warps, num_stages=1,
+        interpret=interpret, name="w4a16_dequantise", grid=transposed.grid(1, columns, _CUT, shares=blocks),
         out_shape=(jax.ShapeDtypeStruct((columns, inner), dtype),))
     return out

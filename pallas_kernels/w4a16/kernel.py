@@ -19,9 +19,6 @@ from pallas_kernels import transposed
 from pallas_kernels.w4a16 import layout
 from pallas_kernels.w4a16.dequantise import joined, multiply_add, planes_of
 
-MAX_ROWS = 2 * transposed.BLOCK_ROWS
-"""More rows cost less by weights that are unpacked once."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(transposed.Config):
@@ -56,6 +53,9 @@ def heuristic(rows: int, inner: int, columns: int) -> Config:
     One wave matters most: a second one that is half empty costs as much as a full one.
     """
     blocks = layout.packed_blocks(inner)
+    if rows > transposed.BLOCK_ROWS:
+        return dataclasses.replace(transposed.three_an_sm(Config(scale_planes=True), rows, inner, columns),
+                                   num_warps=4)
     block_n, warps, programs = (128, 2, 512) if rows <= 16 else (128, 4, 264)
     while block_n > 32 and pl.cdiv(columns, block_n) * blocks < programs:
         block_n //= 2
@@ -68,10 +68,12 @@ def candidates(rows: int, inner: int, columns: int) -> list[Config]:
     if rows <= 16:
         shapes = [{"block_n": block_n, "num_warps": warps}
                   for block_n, warps in ((64, 1), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4))]
-    else:
+    elif rows <= transposed.BLOCK_ROWS:
         shapes = [{"block_n": block_n, "num_warps": warps, "scale_planes": scaled}
                   for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8), (256, 16)) for scaled in (False, True)]
-    return transposed.filling(inner, columns, [
+    else:
+        shapes = [{**shape, "scale_planes": True} for shape in transposed.program_shapes(rows)]
+    return transposed.filling(rows, inner, columns, [
         Config(**shape, split_k=split_k, num_stages=stages)
         for shape, split_k, stages in itertools.product(shapes, (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), (3, 4))])
 
@@ -84,7 +86,7 @@ def shares(inner: int, config: Config) -> int:
 def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size: int, shares: int, interpret: bool):
     rows, inner = x_ref.shape
     columns = packed_ref.shape[1]
-    mine = transposed.cut(rows, inner, columns, block_n=config.block_n, block_k=layout.BLOCK, shares=shares,
+    mine = transposed.cut(rows, inner, columns, config, block_k=layout.BLOCK, shares=shares,
                           least_rows=config.least_rows)
     inline_asm = config.inline_asm and not interpret
     scale_planes = config.scale_planes and x_ref.dtype == jnp.float16
@@ -130,13 +132,13 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
     total, _ = jax.lax.fori_loop(mine.first, mine.last, step, (zeros, start))
     if not scaled:
         total *= mine.per_output(scales_ref, jnp.int32(0))[:, None]
-    mine.store(out_ref, total.astype(out_ref.dtype), rows)
+    mine.store(out_ref, total, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "out_dtype", "config", "interpret"))
 def matmul_partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shaped[Array, "H N"], *,
                     group_size: int, out_dtype: jnp.dtype, config: Config, interpret: bool) -> Float[Array, "S M N"]:
-    """Partial sums over the shares of K; M at most `MAX_ROWS`, x f16 or bf16."""
+    """Partial sums over the shares of K; M at most `transposed.MAX_ROWS`, x f16 or bf16."""
     share_count = shares(x.shape[1], config)
     body = functools.partial(_body, config=config, group_size=group_size, shares=share_count, interpret=interpret)
     return transposed.launch_product(body, (x, packed, scales), outputs=packed.shape[1], shares=share_count, config=config,

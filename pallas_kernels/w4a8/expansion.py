@@ -11,13 +11,13 @@ from pallas_kernels import launch, transposed
 from pallas_kernels.w4a8.dequantise import codes_of, rounded_of
 from pallas_kernels.w4a8.layout import BLOCK, HALF
 
-_BLOCK_N, _WARPS = 64, 4
+_CUT = transposed.Config()
 
 
 def _body(packed_ref, *refs, with_zeros: bool):
     *groups_refs, out_ref = refs
     outputs, inner = out_ref.shape
-    mine = transposed.cut(1, inner, outputs, block_n=_BLOCK_N, block_k=BLOCK, shares=packed_ref.shape[0])
+    mine = transposed.cut(1, inner, outputs, _CUT, block_k=BLOCK, shares=packed_ref.shape[0])
     block = mine.first  # a share is a block
     packed = mine.tile(packed_ref, block, jnp.arange(HALF))
     # not in PTX, whose form wants four of one output in a register: no product is there to lay them out so
@@ -44,7 +44,7 @@ def integers(packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"] | None,
     blocks, outputs = packed.shape[:2]
     [out] = launch.call(
         functools.partial(_body, with_zeros=with_zeros),
-        (packed,) if groups is None else (packed, groups), num_warps=_WARPS, num_stages=1, interpret=interpret,
-        name="w4a8_integers", grid=transposed.grid(1, outputs, block_n=_BLOCK_N, shares=blocks),
+        (packed,) if groups is None else (packed, groups), num_warps=_CUT.num_warps, num_stages=1, interpret=interpret,
+        name="w4a8_integers", grid=transposed.grid(1, outputs, _CUT, shares=blocks),
         out_shape=(jax.ShapeDtypeStruct((outputs, inner), jnp.int8),))
     return out

@@ -18,9 +18,6 @@ from pallas_kernels.w4a8.layout import BLOCK, HALF
 from pallas_kernels.w4a16.dequantise import joined
 from pallas_kernels.w8a8.kernel import scaled
 
-MAX_ROWS = 2 * transposed.BLOCK_ROWS
-"""More rows cost less by weights that are unpacked once."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(transposed.Config):
@@ -40,20 +37,19 @@ class Config(transposed.Config):
 
 def heuristic(rows: int, inner: int, outputs: int) -> Config:
     """A config that starts about three programs for each of about 132 SMs."""
-    return transposed.three_an_sm(Config(pipelined_scales=rows <= 16), inner, outputs)
+    return transposed.three_an_sm(Config(pipelined_scales=rows <= 16), rows, inner, outputs)
 
 
 def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
     """Configs worth timing, with every split that fills a GPU about once."""
-    return transposed.filling(inner, outputs, [
-        Config(block_n=block_n, num_warps=warps, split_k=split_k, num_stages=stages, pipelined_scales=rows <= 16)
-        for (block_n, warps), split_k, stages in itertools.product(transposed.program_shapes(rows), transposed.SPLITS,
-                                                                   (3, 4))])
+    return transposed.filling(rows, inner, outputs, [
+        Config(**shape, split_k=split_k, num_stages=stages, pipelined_scales=rows <= 16)
+        for shape, split_k, stages in itertools.product(transposed.program_shapes(rows), transposed.SPLITS, (3, 4))])
 
 
 def _cut(q_ref, packed_ref, config: Config, shares: int) -> transposed.Cut:
     rows, inner = q_ref.shape
-    return transposed.cut(rows, inner, packed_ref.shape[1], block_n=config.block_n, block_k=BLOCK, shares=shares)
+    return transposed.cut(rows, inner, packed_ref.shape[1], config, block_k=BLOCK, shares=shares)
 
 
 def _packed(mine: transposed.Cut, packed_ref, block: Array) -> UInt8[Array, "n b"]:
@@ -130,7 +126,7 @@ def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_s
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                      packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
                      halves: bool, config: Config, interpret: bool) -> Float[Array, "S M N"]:
-    """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
+    """Scaled partial products over the shares of K; M at most `transposed.MAX_ROWS`."""
     zeros = () if offsets is None else (sums, offsets)
     return _launch(_channel_body, (q, row_scales, packed, scales, *zeros), halves, config=config, interpret=interpret)
 
@@ -140,7 +136,7 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
                    packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"], channel_scales: Float[Array, "N"],
                    saturates: Int32[Array, "1"] | None, *, halves: bool, config: Config, interpret: bool
                    ) -> Float[Array, "S M N"]:
-    """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
+    """Scaled partial products over the shares of K; M at most `transposed.MAX_ROWS`."""
     body, last = (_zeroed_groups_body, sums) if saturates is None else (_scaled_groups_body, saturates)
     return _launch(body, (q, row_scales, packed, groups, channel_scales, last), halves, config=config,
                    interpret=interpret)

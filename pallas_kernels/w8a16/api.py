@@ -15,15 +15,15 @@ def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: 
     """x @ (values * scales)^T as split-K partial products whose sum over S is the product.
 
     S depends on the shapes and the device only. With `reproducible` it is the same for every number of rows up to
-    `kernel.MAX_ROWS`, and so are the bits of a row; more rows give other bits, which depend on the shapes alone. `config` is
-    then left out. The reference promises no bits.
+    `transposed.MAX_ROWS`, and so are the bits of a row; more rows give other bits, which depend on the shapes alone. `config`
+    is then left out. The reference promises no bits.
 
     Args:
       x: f16 [M, K].
       values: int8[N, K], a row for each output.
       scales: f32[N].
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128 rows;
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 512 rows;
         more are multiplied by weights expanded to f16.
 
     Returns:
@@ -41,15 +41,15 @@ def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: 
     chosen, (rows, inner), outputs = launch.choose(implementation), x.shape, values.shape[0]
     if chosen == "reference":
         return reference.matmul(x, values, scales)[None]
-    if rows > kernel.MAX_ROWS:
+    if rows > transposed.MAX_ROWS:
         if reproducible:
             partials = dense.matmul_partials(x, values.astype(x.dtype), transposed=True, reproducible=True,
                                              implementation=implementation)
             return partials * scales
         return reference.matmul(x, values, scales)[None]
     if reproducible:
-        # the largest tree's config for all: one instruction, which adds up in one order whatever the number of rows
-        config = dataclasses.replace(_config(kernel.MAX_ROWS, inner, outputs), least_rows=16)
+        # one config for all: one instruction, which adds up in one order whatever the number of rows
+        config = dataclasses.replace(_config(transposed.BLOCK_ROWS, inner, outputs), least_rows=16)
     return kernel.matmul_partials(x, values, scales, config=config or _config(rows, inner, outputs),
                                   interpret=chosen == "interpret")
 

@@ -10,9 +10,6 @@ from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import launch, transposed
 
-MAX_ROWS = 2 * transposed.BLOCK_ROWS
-"""More rows cost less by weights that are expanded once."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(transposed.Config):
@@ -40,7 +37,7 @@ class Config(transposed.Config):
 def heuristic(rows: int, inner: int, outputs: int) -> Config:
     """A config that starts about three programs for each of about 132 SMs."""
     # of 16 rows, two warps' products beat a warpgroup's, by 7 to 16 % on an H100
-    return transposed.three_an_sm(Config(num_warps=2 if transposed.tuned_rows(rows) == 16 else 4), inner, outputs)
+    return transposed.three_an_sm(Config(num_warps=2 if transposed.tuned_rows(rows) == 16 else 4), rows, inner, outputs)
 
 
 def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
@@ -50,7 +47,7 @@ def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
 
 def _body(x_ref, values_ref, scales_ref, out_ref, *, config: Config, shares: int, interpret: bool):
     rows, inner = x_ref.shape
-    mine = transposed.cut(rows, inner, values_ref.shape[0], block_n=config.block_n, block_k=config.block_k, shares=shares,
+    mine = transposed.cut(rows, inner, values_ref.shape[0], config, block_k=config.block_k, shares=shares,
                           least_rows=config.least_rows)
 
     def step(block: Array, total: Array) -> Array:
@@ -82,7 +79,7 @@ def _halves(values: Int8[Array, "n k"], *, inline_asm: bool) -> Float[Array, "n 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: Float[Array, "N"], *, config: Config,
                     interpret: bool) -> Float[Array, "S M N"]:
-    """Scaled partial products over the shares of K; M at most `MAX_ROWS`, x f16."""
+    """Scaled partial products over the shares of K; M at most `transposed.MAX_ROWS`, x f16."""
     shares = transposed.share_count(x.shape[1], config.block_k, config.split_k)
     return transposed.launch_product(
         functools.partial(_body, config=config, shares=shares, interpret=interpret), (x, values, scales),

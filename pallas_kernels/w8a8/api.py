@@ -47,7 +47,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
     """q @ values^T times both scales, as split-K partial products whose sum over S is the product.
 
     A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
-    is the same for every number of rows up to 64, and so are the bits of a row. `config` is then left out.
+    is the same for every number of rows up to 512, and so are the bits of a row. `config` is then left out.
 
     Args:
       q, row_scales: from `quantise_rows`.
@@ -55,7 +55,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
       scales: f32[N].
       halves: gives the sums in f16, NaN beyond its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: as in `quantise_rows`. The kernel takes up to 64 rows; the reference multiplies more.
+      implementation: as in `quantise_rows`. The kernel takes up to 512 rows; the reference multiplies more.
 
     Returns:
       f32[S, M, N], f16 where `halves`.
@@ -71,12 +71,13 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
     if scales.shape != values.shape[:1] or scales.dtype != jnp.float32:
         raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float32[{values.shape[0]}]")
     chosen, (rows, inner), outputs = launch.choose(implementation), q.shape, values.shape[0]
-    if chosen == "reference" or rows > kernel.MAX_ROWS:
+    if chosen == "reference" or rows > transposed.MAX_ROWS:
         product = reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None]
         return stored(product, sums_dtype(halves))[None]
     if config is None:
-        fields = launch.tuned("w8a8", tuning_key(kernel.MAX_ROWS if reproducible else rows, inner, outputs))
-        config = kernel.Config(**fields) if fields else kernel.heuristic(inner, outputs)
+        rows = transposed.BLOCK_ROWS if reproducible else rows
+        fields = launch.tuned("w8a8", tuning_key(rows, inner, outputs))
+        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
     return kernel.matmul_partials(q, row_scales, values, scales, halves=halves, config=config,
                                   interpret=chosen == "interpret")
 

@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int8, Int32
 from pallas_kernels import launch, transposed
 from pallas_kernels.partials import sums_dtype
 
-MAX_ROWS = transposed.BLOCK_ROWS
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(transposed.Config):
@@ -32,9 +30,9 @@ class Config(transposed.Config):
         launch.check_powers_of_two(self, block_k=32)
 
 
-def heuristic(inner: int, outputs: int) -> Config:
+def heuristic(rows: int, inner: int, outputs: int) -> Config:
     """A config that starts about three programs for each of about 132 SMs."""
-    return transposed.three_an_sm(Config(), inner, outputs)
+    return transposed.three_an_sm(Config(), rows, inner, outputs)
 
 
 def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
@@ -44,7 +42,7 @@ def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
 
 def _body(q_ref, row_scales_ref, values_ref, scales_ref, out_ref, *, config: Config, shares: int):
     rows, inner = q_ref.shape
-    mine = transposed.cut(rows, inner, values_ref.shape[0], block_n=config.block_n, block_k=config.block_k, shares=shares)
+    mine = transposed.cut(rows, inner, values_ref.shape[0], config, block_k=config.block_k, shares=shares)
 
     def step(block: Array, total: Array) -> Array:
         column = mine.column(block)
@@ -66,7 +64,7 @@ def scaled(total: Int32[Array, "n m"], scales: Float[Array, "n"], row_scales: Fl
 def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values: Int8[Array, "N K"],
                     scales: Float[Array, "N"], *, halves: bool, config: Config, interpret: bool
                     ) -> Float[Array, "S M N"]:
-    """Scaled partial products over the shares of K; M at most `MAX_ROWS`."""
+    """Scaled partial products over the shares of K; M at most `transposed.MAX_ROWS`."""
     shares = transposed.share_count(q.shape[1], config.block_k, config.split_k)
     return transposed.launch_product(
         functools.partial(_body, config=config, shares=shares), (q, row_scales, values, scales),

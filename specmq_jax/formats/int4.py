@@ -104,7 +104,7 @@ class Int4GroupFormat(WeightFormat):
                halves: bool = False, reproducible: bool = False, implementation: str | None = None) -> Float[Array, "S M N"]:
         x = x if weight.order is None else x[:, weight.order]
         return w4a16.matmul_partials(x.astype(self.dtype), weight.packed, weight.scales, group_size=self.group_size,
-                                     reproducible=reproducible, implementation=implementation)
+                                     halves=halves, reproducible=reproducible, implementation=implementation)
 
     def outputs(self, weight: Int4Group, kept: Int32[Array, "n"]) -> Int4Group:
         return Int4Group(weight.packed[:, kept], weight.scales[:, kept], weight.order)

@@ -26,10 +26,10 @@ def problem(rows: int, inner: int, outputs: int):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(1, 576, 40), (7, 130, 33), (60, 256, 64), (65, 96, 20)])
+@pytest.mark.parametrize("shape", [(1, 576, 40), (7, 130, 33), (60, 256, 64), (200, 96, 20), (520, 96, 20)])
 def test_an_unsplit_product_is_exact(shape, implementation):
     operands, expected = problem(*shape)
-    found = matmul_partials(*operands, config=Config(block_n=32, block_k=64), implementation=implementation)
+    found = matmul_partials(*operands, config=Config(block_m=128, block_n=32, block_k=64), implementation=implementation)
     assert found.shape == (1, *expected.shape)
     np.testing.assert_array_equal(found[0], expected)
 
@@ -87,9 +87,10 @@ def rounded(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM + [(130, 17)])
 def test_each_lowers_to_one_launch(inner, outputs):
-    avals = (jax.ShapeDtypeStruct((30, inner), jnp.int8), jax.ShapeDtypeStruct((30,), jnp.float32),
-             jax.ShapeDtypeStruct((outputs, inner), jnp.int8), jax.ShapeDtypeStruct((outputs,), jnp.float32))
-    assert launches(cuda_text(lambda *operands: matmul_partials(*operands, implementation="kernel"), *avals)) == 1
+    for rows in (30, 300):
+        avals = (jax.ShapeDtypeStruct((rows, inner), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32),
+                 jax.ShapeDtypeStruct((outputs, inner), jnp.int8), jax.ShapeDtypeStruct((outputs,), jnp.float32))
+        assert launches(cuda_text(lambda *operands: matmul_partials(*operands, implementation="kernel"), *avals)) == 1
     x = jax.ShapeDtypeStruct((30, inner), jnp.float16)
     assert launches(cuda_text(lambda x: quantise_rows(x, implementation="kernel"), x)) == 1
     peaks = jax.ShapeDtypeStruct((30, 5), jnp.float32)
@@ -100,7 +101,8 @@ def test_each_lowers_to_one_launch(inner, outputs):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "inner", "outputs"), [
-    (1, 4096, 6144), (8, 4096, 4096), (16, 576, 960), (30, 14336, 4096), (60, 4096, 28672), (64, 1536, 576), (128, 576, 3072)])
+    (1, 4096, 6144), (8, 4096, 4096), (16, 576, 960), (30, 14336, 4096), (60, 4096, 28672), (64, 1536, 576), (128, 4096, 28672),
+    (500, 14336, 4096)])
 def test_real_sizes_on_gpu(rows, inner, outputs):
     operands, expected = problem(rows, inner, outputs)
     np.testing.assert_array_equal(matmul_partials(*operands, config=Config(), implementation="kernel")[0], expected)
@@ -127,7 +129,7 @@ def test_names_the_offending_array():
         quantise_rows(jnp.zeros((2, 64)), peaks=jnp.zeros((3, 1)))
 
 
-@pytest.mark.parametrize("fields", [{"block_n": 24}, {"block_k": 16}, {"split_k": 0}])
+@pytest.mark.parametrize("fields", [{"block_m": 48}, {"block_n": 24}, {"block_k": 16}, {"split_k": 0}])
 def test_config_names_the_offending_field(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} is {next(iter(fields.values()))}; expected"):
         Config(**fields)
