@@ -17,7 +17,7 @@ class DecodeConfig:
       sampling: how a token is drawn from logits.
       stop_tokens: ids that end the output; the one that came stays in it.
       seed: of the sampling noise.
-      prefill_chunks: the chunk lengths a prompt is taken in by; each is compiled once. None suits the device.
+      prefill_chunks: the chunk lengths a prompt is taken in by; each is compiled once. None suits the device and `max_len`.
       reproducible: the target sums up in one order for any number of rows, so that on a GPU speculative output equals
         plain output bit for bit, for trees of at most 64 nodes and at the cost of some speed. Without it a near tie of
         two tokens may fall the other way. On a CPU it promises no bits, and nowhere for a nucleus (top_p below 1), whose

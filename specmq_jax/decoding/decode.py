@@ -314,9 +314,11 @@ def default_config(target: Model) -> DecodeConfig:
 
 
 def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:
-    """The chunk lengths that a prompt is taken in by on this device, ascending."""
-    return tuple(sorted(config.prefill_chunks or (
-        (64, 256) if jax.default_backend() == "cpu" else (128, 512, 2048))))
+    """The chunk lengths that a prompt is taken in by on this device, ascending; none that a cache is too short to fill."""
+    if config.prefill_chunks:
+        return tuple(sorted(config.prefill_chunks))
+    smallest, *others = (64, 256) if jax.default_backend() == "cpu" else (64, 128, 512, 2048)
+    return smallest, *(size for size in others if size <= config.max_len)
 
 
 def cache_rows(config: DecodeConfig, drafter: Drafter) -> int:
