@@ -25,7 +25,6 @@ from specmq_jax.decoding.decode import (
     default_config,
     not_finite,
     prefill_chunks,
-    split_prompt,
 )
 from specmq_jax.decoding.drafters import Drafter, HierarchicalDrafter, NoDrafter
 from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey, RequestSampling
@@ -38,6 +37,9 @@ from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.loading.memory import check_room
 from specmq_jax.loading.model import Model, check_positions
 from specmq_jax.network import side_by_side
+
+_TOGETHER = 64
+"""Rows of a pass over several prompts. Passes of 512 rows are to follow when a GPU has shown that they are right."""
 
 
 class Engine:
@@ -89,10 +91,10 @@ class Engine:
         self._state = placed(self._slots.empty)()
         compiled = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options())
         self._run = compiled(self._slots.run, static_argnums=3)
-        self._take_in, self._admit = compiled(self._slots.ingest), compiled(self._slots.ingest_last)
+        self._take_in, self._admit = compiled(self._slots.ingest), compiled(self._slots.ingest_last, static_argnums=5)
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, Ticket] = {}
-        self._entering: tuple[Ticket, Iterator[Any]] | None = None
+        self._entering: Ticket | None = None
         self._pending: list[tuple[list[Ticket | None], Any]] = []
         self._free = list(range(slots))
         self._holders: list[Ticket | None] = [None] * slots
@@ -129,6 +131,11 @@ class Engine:
         """Numbers of slots that calls run with, ascending."""
         sizes = {min(1 << power, self.slots) for power in range(self.slots.bit_length() + 1)}
         return tuple(sorted(sizes))
+
+    def _groups(self, size: int) -> list[int]:
+        """Numbers of prompts whose last chunks, of one size, make a pass."""
+        most = min(self.slots, max(1, _TOGETHER // size))
+        return [1 << power for power in range(most.bit_length())]
 
     def submit(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, temperature: float | None = None,
                top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0, seed: int | None = None,
@@ -183,8 +190,8 @@ class Engine:
         return [ticket.result() for ticket in tickets]
 
     def warm_up(self) -> None:
-        """Compiles all that requests will need: two loops for each of `buckets`, one of which draws, and each chunk length of a
-        prompt, once as the last of it and once before. Requests that were submitted are answered first."""
+        """Compiles all that requests will need: two loops for each of `buckets`, one of which draws; a prompt's last chunk of
+        each length, alone and beside others; and one before it. Requests that were submitted are answered first."""
         with self._driving:
             while self.step():
                 pass
@@ -194,12 +201,17 @@ class Engine:
                 slots = np.arange(size, dtype=np.int32)
                 for draws in (False, True):
                     self._state, _ = self._run(self.params, self._state, slots, draws)
-            self._held[0] = np.zeros(0, np.int32)  # whose rows are written over
-            request = Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False, stop_tokens=())
+            self._held = [np.zeros(0, np.int32)] * self.slots  # for rows are written over
+            made = Ticket(self, Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False,
+                                        stop_tokens=()))
+            self._state = self._take_in(self.params, self._state, np.int32(0), self._chunk(made, self._chunks[-1]))
             for size in self._chunks:
-                chunk = Chunk(np.zeros(size, np.int32), np.zeros(size, np.int32), np.int32(1), np.int32(0), np.bool_(True))
-                self._state = self._take_in(self.params, self._state, np.int32(0), chunk)
-                self._state, _ = self._admit(self.params, self._state, np.int32(0), chunk, self._asked(request))
+                for count in self._groups(size):
+                    chunks, asked = (jax.tree.map(lambda leaf, count=count: np.stack([leaf] * count), part)
+                                     for part in (self._chunk(made, size), self._asked(made.request)))
+                    for draws in (False, True)[:2 if count == 1 else 1]:
+                        self._state, _ = self._admit(
+                            self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, draws)
             jax.block_until_ready(self._state)
 
     def step(self) -> bool:
@@ -240,60 +252,89 @@ class Engine:
     def _enter(self) -> None:
         """Chunks of prompts, in all no longer than the longest one, for which what runs has to wait; where nothing runs, a
         chunk at least of all that can."""
-        room = self._chunks[-1]
+        longest = room = self._chunks[-1]
         while room > 0 or not self._running:
-            if self._entering is None and not self._begin():
+            ticket = self._entering = self._entering or self._seat()
+            if ticket is None:
                 return
-            assert self._entering is not None
-            ticket, chunks = self._entering
             if ticket.is_cancelled:
                 self._entering = None
                 self._release(ticket)
-                continue
-            room -= next(chunks)
-            if self._running.get(ticket.slot) is ticket:
+            elif self._left(ticket) > longest:
+                self._state = self._take_in(self.params, self._state, np.int32(ticket.slot), self._chunk(ticket, longest))
+                ticket.taken += longest
+                room -= longest
+            else:
+                size = self._size(self._left(ticket))
+                tickets = [ticket, *self._mates(ticket, min(room // size, _TOGETHER // size) - 1)]
+                self._admit_all(tickets, size)
                 self._entering = None
+                room -= size * len(tickets)
 
-    def _begin(self) -> bool:
-        """The next request into a free slot."""
+    def _seat(self, size: int | None = None) -> Ticket | None:
+        """The next request in a free slot, if there are both; with a `size` one that is greedy and fits into a chunk of it."""
         with self._arrivals:
             if not self._free or not self._waiting:
-                return False
-            ticket = self._waiting.popleft()
-        shared = {slot: self._shared(slot, ticket.request.prompt) for slot in self._free}
-        ticket.slot = max(self._free, key=lambda slot: (shared[slot], -self._free.index(slot)))  # else the one free the longest
-        ticket.reused = shared[ticket.slot]
+                return None
+            ticket = self._waiting[0]
+            shared = {slot: self._shared(slot, ticket.request.prompt) for slot in self._free}
+            slot = max(self._free, key=lambda slot: (shared[slot], -self._free.index(slot)))  # else the one free the longest
+            if size and (ticket.request.draws or self._size(len(ticket.request.prompt) - shared[slot]) != size):
+                return None
+            self._waiting.popleft()
+        ticket.slot, ticket.taken, ticket.reused = slot, shared[slot], shared[slot]
         self.reused += ticket.reused
-        self._free.remove(ticket.slot)
-        self._holders[ticket.slot], self._held[ticket.slot] = ticket, np.zeros(0, np.int32)
+        self._free.remove(slot)
+        self._holders[slot], self._held[slot] = ticket, np.zeros(0, np.int32)
         ticket.times.append(time.perf_counter())
-        self._entering = ticket, self._chunks_of(ticket)
-        return True
+        return ticket
 
-    def _chunks_of(self, ticket: Ticket) -> Iterator[int]:
-        """Takes in one chunk of the prompt after another, gives its rows, and starts the sequence with the last."""
-        request, slot, start = ticket.request, ticket.slot, ticket.reused
-        following = np.append(request.prompt[1:], 0).astype(np.int32)
-        parts = list(zip(split_prompt(request.prompt[start:], self._chunks), split_prompt(following[start:], self._chunks),
-                         strict=True))
-        for (tokens, count), (behind, _) in parts[:-1]:
-            chunk = Chunk(tokens, behind, count, np.int32(start), np.bool_(start == ticket.reused))
-            self._state = self._take_in(self.params, self._state, np.int32(slot), chunk)
-            start += int(count)
-            yield len(tokens)
-        (tokens, count), (behind, _) = parts[-1]
-        chunk = Chunk(tokens, behind, count, np.int32(start), np.bool_(start == ticket.reused))
-        self._state, first = self._admit(self.params, self._state, np.int32(slot), chunk, self._asked(request))
-        self._running[slot] = ticket
-        self.admitted += 1
-        ticket.coming += 1
-        self._pending.append(([ticket], first))
-        yield len(tokens)
+    def _mates(self, ticket: Ticket, most: int) -> Iterator[Ticket]:
+        """Requests that wait behind one of a single greedy chunk and can be taken in with it, in one pass."""
+        size = self._size(self._left(ticket))
+        if ticket.request.draws or ticket.taken > ticket.reused:
+            return
+        while most > 0 and (mate := self._seat(size)):
+            most -= 1
+            yield mate
+
+    def _admit_all(self, tickets: Sequence[Ticket], size: int) -> None:
+        """Takes in the last chunks and starts the sequences: a power of two of them in a pass."""
+        while tickets:
+            count = 1 << len(tickets).bit_length() - 1
+            group, tickets = tickets[:count], tickets[count:]
+            chunks, asked = (jax.tree.map(lambda *each: np.stack(each), *parts) for parts in (
+                [self._chunk(ticket, size) for ticket in group], [self._asked(ticket.request) for ticket in group]))
+            slots = np.asarray([ticket.slot for ticket in group], np.int32)
+            self._state, first = self._admit(self.params, self._state, slots, chunks, asked, group[0].request.draws)
+            self.admitted += count
+            self._pending.append((list(group), first))
+            for ticket in group:
+                self._running[ticket.slot] = ticket
+                ticket.coming += 1
+
+    def _left(self, ticket: Ticket) -> int:
+        """Tokens of its prompt that are still to be taken in."""
+        return len(ticket.request.prompt) - ticket.taken
+
+    def _size(self, count: int) -> int:
+        """Of the chunks that are compiled the shortest that holds so many tokens, else the longest."""
+        return next((size for size in self._chunks if size >= count), self._chunks[-1])
+
+    @staticmethod
+    def _chunk(ticket: Ticket, size: int) -> Chunk:
+        """The next tokens of its prompt."""
+        prompt, start = ticket.request.prompt, ticket.taken
+        tokens, following = prompt[start:start + size], prompt[start + 1:start + 1 + size]
+        return Chunk(np.pad(tokens, (0, size - len(tokens))), np.pad(following, (0, size - len(following))),
+                     np.int32(len(tokens)), np.int32(start), np.bool_(start == ticket.reused))
 
     def _shared(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> int:
         """Tokens of a prompt that need not be taken in again where a slot is free: those that it begins with like what the slot
         holds, but for the last of them, behind which a drafter may read on."""
         held = self._held[slot][:len(prompt) - 1]
+        if not len(held) or held[0] != prompt[0]:
+            return 0
         differing = np.flatnonzero(held != prompt[:len(held)])
         return max(0, (int(differing[0]) if len(differing) else len(held)) - 1)
 
@@ -342,20 +383,21 @@ class Engine:
 
     @property
     def _entering_slot(self) -> int:
-        return -1 if self._entering is None else self._entering[0].slot
+        return -1 if self._entering is None else self._entering.slot
 
     def _finish_pending(self, count: int | None = None) -> None:
         """Reads what the oldest calls have left: all of them, or so many."""
         taken, self._pending = self._pending[:count], [] if count is None else self._pending[count:]
         for tickets, report in taken:
             if isinstance(report, First):
-                (ticket,) = tickets
-                assert ticket is not None
                 first = self._read(report)
-                ticket.times.append(time.perf_counter())
-                ticket.coming -= 1
-                is_of_prompt = 0 <= int(first.fault) < len(ticket.request.prompt)
-                self._told(ticket, [] if is_of_prompt else [int(first.token)], bool(first.done), int(first.fault))
+                for place, ticket in enumerate(tickets):
+                    assert ticket is not None
+                    ticket.times.append(time.perf_counter())
+                    ticket.coming -= 1
+                    token, fault = int(first.token[place]), int(first.fault[place])
+                    is_of_prompt = 0 <= fault < len(ticket.request.prompt)
+                    self._told(ticket, [] if is_of_prompt else [token], bool(first.done[place]), fault)
                 continue
             length, rounds, fault, done, fresh = self._read(
                 (report.length, report.rounds, report.fault, report.done, report.fresh))
@@ -408,7 +450,7 @@ class Engine:
     def _abandon(self, error: Exception) -> None:
         with self._arrivals:
             self._is_closed = True
-            entering = [self._entering[0]] if self._entering else []
+            entering = [self._entering] if self._entering else []
             started = [ticket for tickets, _ in self._pending for ticket in tickets if ticket]
             for ticket in (*self._waiting, *self._running.values(), *entering, *started):
                 if not ticket.is_done:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from specmq_jax import entries
 from specmq_jax.decoding import sampling
@@ -25,7 +25,7 @@ class RequestKey:
     """What `RequestSampling` takes for a key.
 
     Attributes:
-      key: of the noise.
+      seed: u32 scalar, of the noise.
       temperature: f32 scalar; 0 is greedy.
       top_p: f32 scalar in (0, 1].
       top_k: i32 scalar, how many of the best tokens stay; 0 keeps all.
@@ -34,20 +34,20 @@ class RequestKey:
       barred, bar: i32[S] and i32 scalar, tokens, -1 for none, that are not drawn at positions below the bar.
     """
 
-    key: Array
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    top_k: Int32[Array, ""]
-    min_p: Float[Array, ""]
-    biased: Int32[Array, "K"]
-    biases: Float[Array, "K"]
-    barred: Int32[Array, "S"]
-    bar: Int32[Array, ""]
+    seed: UInt32[Any, ""]
+    temperature: Float[Any, ""]
+    top_p: Float[Any, ""]
+    top_k: Int32[Any, ""]
+    min_p: Float[Any, ""]
+    biased: Int32[Any, "K"]
+    biases: Float[Any, "K"]
+    barred: Int32[Any, "S"]
+    bar: Int32[Any, ""]
 
     @classmethod
     def of(cls, *, seed: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
            logit_bias: Mapping[int, float] | None = None, barred: Sequence[int] = (), bar: int = 0) -> Self:
-        """On the default device; `seed` as in `sampling.seed_key`, `logit_bias` by token id, at most 64 of them.
+        """In the host's memory; `seed` as in `sampling.seed_bits`, `logit_bias` by token id, at most 64 of them.
 
         Raises:
           UserError: a setting outside its range.
@@ -68,11 +68,11 @@ class RequestKey:
             raise UserError(f"min_p must lie in [0, 1]; found {min_p!r}")
         # a device may take a smaller number for the 0 of greedy decoding, in which tokens that tie don't share the draws
         least = float(jnp.finfo(jnp.float32).tiny) if temperature else 0.0
-        return cls(key=sampling.seed_key(seed), temperature=jnp.float32(max(temperature, least)), top_p=jnp.float32(top_p),
-                   top_k=jnp.int32(min(top_k, entries.LARGEST)), min_p=jnp.float32(min_p),
-                   biased=_filled([*bias], MOST_BIASES, _NO_TOKEN, jnp.int32),
-                   biases=_filled([*bias.values()], MOST_BIASES, 0, jnp.float32),
-                   barred=_filled(barred, MOST_STOP_TOKENS, _NO_TOKEN, jnp.int32), bar=jnp.int32(bar))
+        return cls(seed=sampling.seed_bits(seed), temperature=np.float32(max(temperature, least)), top_p=np.float32(top_p),
+                   top_k=np.int32(min(top_k, entries.LARGEST)), min_p=np.float32(min_p),
+                   biased=_filled([*bias], MOST_BIASES, _NO_TOKEN, np.int32),
+                   biases=_filled([*bias.values()], MOST_BIASES, 0, np.float32),
+                   barred=_filled(barred, MOST_STOP_TOKENS, _NO_TOKEN, np.int32), bar=np.int32(bar))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,8 @@ class RequestSampling:
         return side_by_side.do_where(key.temperature > 0, _draw, sampling.best(logits), logits, positions, key)
 
 
-def _filled(values: Sequence[float], count: int, rest: float, dtype: jnp.dtype) -> Array:
-    return jnp.asarray(np.pad(np.asarray(values, dtype), (0, count - len(values)), constant_values=rest))
+def _filled(values: Sequence[float], count: int, rest: float, dtype: type) -> np.ndarray:
+    return np.pad(np.asarray(values, dtype), (0, count - len(values)), constant_values=rest)
 
 
 def _changed(logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey) -> Float[Array, "T V"]:
@@ -107,7 +107,7 @@ def _draw(best: Int32[Array, "T"], logits: Float[Array, "T V"], positions: Int32
     del best
     scores = sampling.scaled(logits, key.temperature)
     cuts = (key.top_p < 1) | (key.top_k > 0) | (key.min_p > 0)
-    return sampling.draw(side_by_side.do_where(cuts, _cut, scores, key), positions, key.key)
+    return sampling.draw(side_by_side.do_where(cuts, _cut, scores, key), positions, jax.random.key(key.seed))
 
 
 def _cut(scores: Float[Array, "T V"], key: RequestKey) -> Float[Array, "T V"]:

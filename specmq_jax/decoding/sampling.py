@@ -114,7 +114,12 @@ def draw(scores: Float[Array, "T V"], positions: Int32[Array, "T"], key: Array) 
 
 
 def seed_key(seed: int) -> Array:
-    """The key of the sampling noise of a seed: any integer, of which the lowest 32 bits count.
+    """The key of the sampling noise of a seed, as of `seed_bits`."""
+    return jax.random.key(seed_bits(seed))
+
+
+def seed_bits(seed: int) -> np.uint32:
+    """What counts of a seed, which is any integer: its lowest 32 bits.
 
     Raises:
       UserError: not an integer.
@@ -122,6 +127,6 @@ def seed_key(seed: int) -> Array:
     try:
         if isinstance(seed, bool):
             raise TypeError
-        return jax.random.key(operator.index(seed) % 2**32)
+        return np.uint32(operator.index(seed) % 2**32)
     except TypeError:
         raise UserError(f"a seed is an integer; found {seed!r}") from None

@@ -60,11 +60,11 @@ class Report(flax.struct.PyTreeNode):
 
 
 class First(flax.struct.PyTreeNode):
-    """What taking in a prompt leaves: the token drawn behind it, and what `DecodeState` says of it."""
+    """What taking in prompts leaves of each: the token drawn behind it, and what `DecodeState` says of it."""
 
-    token: Int32[Array, ""]
-    fault: Int32[Array, ""]
-    done: Bool[Array, ""]
+    token: Int32[Array, "*N"]
+    fault: Int32[Array, "*N"]
+    done: Bool[Array, "*N"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,30 +91,42 @@ class Slots:
 
     def ingest(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> DecodeState:
         """A chunk of a prompt that is not its last."""
-        _, features, cache, fault, drafter = self._pass(params, state, slot, chunk)
-        drafter = self.rounds.drafter.prefill(params[1], drafter, chunk.tokens, chunk.following, features, chunk.count)
         part = side_by_side.take(state, slot)
+        _, features, cache, fault, drafter = self._pass(params, part, chunk)
+        drafter = self.rounds.drafter.prefill(params[1], drafter, chunk.tokens, chunk.following, features, chunk.count)
         return side_by_side.put(state, part.replace(done=jnp.asarray(True), fault=fault, cache=cache, drafter=drafter), slot)
 
-    def ingest_last(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk, asked: Asked
-                     ) -> tuple[DecodeState, First]:
-        """The last chunk, the first token, and the sequence's state."""
-        hidden, features, cache, fault, drafter = self._pass(params, state, slot, chunk)
-        first, is_sound = self.rounds.draw(params[0], hidden, asked.count, asked.key)
+    def ingest_last(self, params: Params, state: DecodeState, slots: Int32[Array, "N"], chunks: Chunk, asked: Asked,
+                    draws: bool) -> tuple[DecodeState, First]:
+        """The last chunks of N prompts, of one length, their first tokens, and the sequences' state; `draws` as in `run`."""
+        rounds = self._rounds(draws)
+        if len(slots) == 1:
+            [slot] = slots
+            chunk, one = jax.tree.map(lambda leaf: leaf[0], (chunks, asked))
+            part, first = self._admitted(rounds, params, side_by_side.take(state, slot), chunk, one)
+            return side_by_side.put(state, part, slot), jax.tree.map(lambda leaf: leaf[None], first)
+        before = side_by_side.take(state, slots)
+        each = side_by_side.axes(before)
+        admitted = functools.partial(self._admitted, rounds, params)
+        after, first = jax.vmap(admitted, in_axes=(each, 0, 0), out_axes=(each, 0))(before, chunks, asked)
+        return side_by_side.put(state, after, slots), first
+
+    def _admitted(self, rounds: Rounds, params: Params, part: DecodeState, chunk: Chunk, asked: Asked
+                  ) -> tuple[DecodeState, First]:
+        hidden, features, cache, fault, drafter = self._pass(params, part, chunk)
+        first, is_sound = rounds.draw(params[0], hidden, asked.count, asked.key)
         following = chunk.following.at[chunk.count - 1].set(first)
         drafter = self.rounds.drafter.prefill(params[1], drafter, chunk.tokens, following, features, chunk.count)
         fault = jnp.where((fault < 0) & ~is_sound, asked.count - 1, fault)
         length = asked.count + 1
         done = (length >= asked.limit) | jnp.any(first == asked.stop_tokens) | (fault >= 0)
-        one = DecodeState(
+        return DecodeState(
             tokens=asked.tokens.at[asked.count].set(first), length=length, limit=asked.limit, done=done, fault=fault,
             cache=cache, drafter=drafter, key=asked.key, stop_tokens=asked.stop_tokens,
-            accept_lengths=jnp.zeros(self.capacity, jnp.int32), rounds=jnp.int32(0))
-        return side_by_side.put(state, one, slot), First(token=first, fault=fault, done=done)
+            accept_lengths=jnp.zeros(self.capacity, jnp.int32), rounds=jnp.int32(0)), First(token=first, fault=fault, done=done)
 
-    def _pass(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> tuple[Any, ...]:
+    def _pass(self, params: Params, part: DecodeState, chunk: Chunk) -> tuple[Any, ...]:
         """The target's pass over a chunk, and the drafter's state in which it goes on."""
-        part = side_by_side.take(state, slot)
         fault = jnp.where(chunk.begins, -1, part.fault)
         passed = self.rounds.ingest(params[0], part.cache.rewind(chunk.start), chunk.tokens, chunk.count, fault)
         return *passed, side_by_side.emptied(part.drafter, self._empty_drafter(), chunk.begins, chunk.start)
@@ -142,10 +154,13 @@ class Slots:
                              accept_lengths=after.accept_lengths)
 
     def _turns(self, params: Params, part: DecodeState, draws: bool, mapped: Callable[..., Any]) -> DecodeState:
-        rounds = self.rounds if draws else dataclasses.replace(self.rounds, sampling=Greedy())
+        rounds = self._rounds(draws)
 
         def turn(part: DecodeState) -> DecodeState:
             return side_by_side.select(~part.done, rounds.round(params, part), part)
 
         turns = mapped(turn)
         return jax.lax.fori_loop(0, ROUNDS, lambda _, part: turns(part), part)
+
+    def _rounds(self, draws: bool) -> Rounds:
+        return self.rounds if draws else dataclasses.replace(self.rounds, sampling=Greedy())

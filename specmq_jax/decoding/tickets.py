@@ -43,7 +43,8 @@ class Ticket:
       generation, error: how it has ended, None before.
       is_cancelled: it was.
       times: when it was submitted, given a slot, and told the first token, in seconds of `time.perf_counter`.
-      slot: where it is decoded, -1 before; reused: tokens of its prompt that the slot still held.
+      slot: where it is decoded, -1 before; reused: tokens of its prompt that the slot still held; taken: those that the slot
+        holds by now.
     """
 
     def __init__(self, engine: Driver, request: Request) -> None:
@@ -53,7 +54,7 @@ class Ticket:
         self.error: Exception | None = None
         self.is_cancelled = False
         self.times = [time.perf_counter()]
-        self.slot, self.reused = -1, 0
+        self.slot, self.reused, self.taken = -1, 0, 0
         self.coming = 0
 
     def __repr__(self) -> str:

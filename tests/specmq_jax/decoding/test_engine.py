@@ -98,6 +98,21 @@ def test_requests_that_join_and_leave_give_their_own_tokens(pairs, name):
     check(*pairs(name), requests(9), seed=0)
 
 
+@pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in DRAFTERS[1:])])
+def test_short_prompts_that_wait_are_taken_in_together(target, drafters, name, monkeypatch):
+    asked = [{"prompt_ids": list(range(1, 1 + length)), "max_new_tokens": 5, "stop_tokens": []}
+             for length in (3, 16, 9, 5, 40, 2, 11)]
+    asked[5]["temperature"] = 1.0  # which is taken in alone
+    config = dataclasses.replace(CONFIG, prefill_chunks=(16, 64))
+    alone, passes = Alone(target, drafters[name], config), []
+    with sm.Engine(target, drafters[name], config, slots=4) as engine:
+        admit = engine._admit
+        monkeypatch.setattr(engine, "_admit", lambda *given: passes.append(len(given[2])) or admit(*given))
+        tickets = [engine.submit(**request) for request in asked]
+        assert [ticket.result().tokens.tolist() for ticket in tickets] == [alone.tokens(request) for request in asked]
+    assert passes[0] == 4 and sum(passes) == len(asked) and not set(passes) - {1, 2, 4}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -167,7 +182,7 @@ def test_everything_is_compiled_by_warm_up(target):
         functions = engine._run, engine._take_in, engine._admit
         assert engine.buckets == (1, 2, 3)
         before = [function._cache_size() for function in functions]
-        assert before == [2 * 3, 1, 1]
+        assert before == [2 * 3, 1, 2 + 1]  # a prompt that draws or not, two that don't
         for temperature in (0.0, 0.5):
             engine.generate([request["prompt_ids"] for request in requests(5)], 12, temperature=temperature)
         assert [function._cache_size() for function in functions] == before
