@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from checkpoints_tools import arguments
+from checkpoints_tools import arguments, records
 from checkpoints_tools.training import library_code
 from checkpoints_tools.training.library_code import LONGEST_TURN
 from specmq_jax.commands import entry
@@ -94,44 +94,16 @@ def _load(name: str) -> Any:
     return json.loads((DATA / name).read_text(encoding="utf-8"))
 
 
-def _read_lines(path: pathlib.Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except ValueError:
-        raise UserError(f"{path} is neither parquet nor JSON lines; expected GSM8K's train split") from None
-
-
-def _read_parquet(path: pathlib.Path) -> list[Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} is a parquet file, which needs pyarrow; install the extra: pip install "
-                        "'specmq-jax[train]'") from None
-    try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is a damaged parquet file ({str(error).splitlines()[0]}); download it again") from None
-
-
 def read_gsm8k(path: pathlib.Path) -> list[str]:
     """The questions of GSM8K's train split, a parquet or JSON-lines file.
 
     Raises:
-      UserError: the file can't be read or a row has no text in `question`, or pyarrow is missing for a parquet file.
+      UserError: as in `records.read`, or a row has no text in `question`.
     """
-    try:
-        with path.open("rb") as file:
-            is_parquet = file.read(4) == b"PAR1"
-        rows = _read_parquet(path) if is_parquet else _read_lines(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    for number, row in enumerate(rows, start=1):
-        if not (isinstance(row, dict) and isinstance(row.get("question"), str) and row["question"].strip()):
-            raise UserError(f"{path}, row {number}: no text in the column 'question'; expected GSM8K's train split")
-    if not rows:
+    questions = [record.text("question").strip() for record in records.read(path)]
+    if not questions:
         raise UserError(f"{path} holds no questions; expected GSM8K's train split")
-    return [row["question"].strip() for row in rows]
+    return questions
 
 
 class Composer:

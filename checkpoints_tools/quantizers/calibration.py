@@ -1,15 +1,15 @@
 """Texts as token sequences of one length, for calibrating quantisers and for perplexity."""
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from checkpoints_tools import records
 from checkpoints_tools.readers.base import sha256
+from checkpoints_tools.records import Record, is_text
 from specmq_jax import tokenizer as tk
 from specmq_jax.errors import UserError
 from specmq_jax.loading.model import check_tokens
@@ -83,36 +83,23 @@ def read_tokens(path: pathlib.Path, tokenizer: "Tokenizer") -> Int32[np.ndarray,
     Raises:
       UserError: a file that is missing, unreadable, empty or no text, or a line of another form; the line is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"the text file {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"the text file {path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text.strip():
+    if path.suffix == ".jsonl":
+        documents = [document for record in records.read(path, "text file") for document in _documents(record, tokenizer)]
+    else:
+        text = records.read_text(path, "text file")
+        documents = [_encode(tokenizer, text)] if text.strip() else []
+    if not documents:
         raise UserError(f"the text file {path} is empty")
-    documents = _json_documents(path, text, tokenizer) if path.suffix == ".jsonl" else [_encode(tokenizer, text)]
     return np.concatenate([np.asarray(document, np.int32) for document in documents])
 
 
-def _json_documents(path: pathlib.Path, text: str, tokenizer: "Tokenizer") -> Iterator[list[int]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
-        written, turns = (record.get(key) if isinstance(record, dict) else None for key in ("text", "turns"))
-        if isinstance(written, str) and written.strip():
-            yield _encode(tokenizer, written)
-        elif isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
-            yield from (tk.encode_chat(tokenizer, [{"role": "user", "content": turn}]) for turn in turns)
-        else:
-            raise UserError(f'{place}: expected {{"text": text}} or {{"turns": [text, ...]}}, none of them empty')
+def _documents(record: Record, tokenizer: "Tokenizer") -> list[list[int]]:
+    text, turns = (record.values.get(key) for key in ("text", "turns"))
+    if is_text(text):
+        return [_encode(tokenizer, text)]
+    if isinstance(turns, list) and turns and all(map(is_text, turns)):
+        return [tk.encode_chat(tokenizer, [{"role": "user", "content": turn}]) for turn in turns]
+    raise UserError(f'{record.place}: expected {{"text": text}} or {{"turns": [text, ...]}}, none of them empty')
 
 
 def _encode(tokenizer: "Tokenizer", text: str) -> list[int]:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 from jaxtyping import Int32
 from rich.console import Console
 
+from checkpoints_tools import records
+from checkpoints_tools.records import Record
 from checkpoints_tools.training.answer_parts import Row, find_parts, next_part, read_part, write_part
 from checkpoints_tools.training.sampler import Completion, Request, Sampler
 from specmq_jax import tokenizer as tk
@@ -27,7 +28,6 @@ PART = 1024
 """Answers in one file."""
 
 _SETTINGS = "settings.json"
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Turns = tuple[str, ...]
 
@@ -48,36 +48,25 @@ class Sequences:
 
 
 def read_prompts(path: pathlib.Path) -> list[Turns]:
-    """What the user says in each dialogue of a JSON-lines file: {"turns": [text, ...]} or {"prompt": text} a line.
+    """What the user says in each dialogue of a file: {"turns": [text, ...]} or {"prompt": text} a record.
 
     Raises:
-      UserError: an unreadable file, a line of another form, an empty text; the line is named.
+      UserError: as in `records.read`, a record of another form, an empty text; the line is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"the prompt file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompt file {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    dialogues = [_turns(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    dialogues = list(map(_turns, records.read(path, "prompt file")))
     if not dialogues:
         raise UserError(f"{path} holds no prompts; expected one JSON object a line")
     return dialogues
 
 
-def _turns(line: str, place: str) -> Turns:
-    try:
-        record = json.loads(line)
-        turns = record["turns"] if "turns" in record else [record["prompt"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{place}: expected {{"turns": [text, ...]}} or {{"prompt": text}}') from None
+def _turns(record: Record) -> Turns:
+    if not record.values.keys() & {"turns", "prompt"}:
+        raise UserError(f'{record.place}: expected {{"turns": [text, ...]}} or {{"prompt": text}}')
+    turns = record.values["turns"] if "turns" in record.values else [record.values["prompt"]]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise UserError(f"{place}: expected a list of at least one text")
+        raise UserError(f"{record.place}: expected a list of at least one text")
     if not all(turn.strip() for turn in turns):
-        raise UserError(f"{place}: a prompt is empty; remove it")
-    if any(_HALF_PAIR.search(turn) for turn in turns):
-        raise UserError(f"{place}: a prompt holds half of a surrogate pair (\\ud800 to \\udfff alone), which is no text; "
-                        "mend it")
+        raise UserError(f"{record.place}: a prompt is empty; remove it")
     return tuple(turns)
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import specmq_jax as sm
+from checkpoints_tools.records import Record
 from experiments.answers.scoring import Scorer, Verdict
 from experiments.benchmarks.benchmark import Bench, Benchmark
 from experiments.benchmarks.chain_of_thought import EXAMPLES
@@ -12,7 +13,6 @@ from experiments.benchmarks.stop_strings import cut
 from experiments.inputs import questions
 from experiments.inputs.published import Published
 from experiments.inputs.questions import Question
-from experiments.inputs.records import Record
 
 _STOP = ("\nQ:",)
 _TRIGGER = "the answer is"

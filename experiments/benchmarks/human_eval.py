@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
 
+from checkpoints_tools.records import Record
 from experiments.answers.scoring import Scorer, Verdict
 from experiments.benchmarks import code_answers
 from experiments.benchmarks.benchmark import Bench, Benchmark
@@ -11,7 +12,6 @@ from experiments.benchmarks.prompts import encode_begun, whole_text
 from experiments.inputs import questions
 from experiments.inputs.published import Published
 from experiments.inputs.questions import Question
-from experiments.inputs.records import Record
 from experiments.sandbox import code_execution
 from experiments.sandbox.code_execution import Limits
 

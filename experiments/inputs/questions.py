@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.inputs import records
-from experiments.inputs.records import Record
+from checkpoints_tools import records
+from checkpoints_tools.records import Record
 from specmq_jax.errors import UserError
 from specmq_jax.words import count
 

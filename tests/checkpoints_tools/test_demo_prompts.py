@@ -87,9 +87,9 @@ def test_without_gsm8k_a_notice_says_that_it_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("content", "fault"), [
-    (None, "can't be read"), (b"\xff\xfe", "neither parquet nor JSON lines"), (b"what?\n", "neither parquet nor JSON lines"),
-    (b'{"question": "a"}\n{"text": "b"}\n', "row 2: no text in the column 'question'"), (b"[1]\n", "row 1: no text"),
-    (b"\n", "holds no questions"),
+    (None, "does not exist"), (b"\xff\xfe", "is not UTF-8 text"), (b"what?\n", "line 1: it is not valid JSON"),
+    (b'{"question": "a"}\n{"text": "b"}\n', "line 2: 'question' is missing"), (b"[1]\n", "line 1: expected a JSON object"),
+    (b'{"question": 1}\n', "line 1: 'question' must be a text; found 1"), (b"\n", "holds no questions"),
 ])
 def test_a_bad_gsm8k_file_is_named_and_nothing_is_written(tmp_path, content, fault):
     path = tmp_path / "train.jsonl"

@@ -241,10 +241,10 @@ def test_settings_that_do_not_fit_are_found_before_any_work(tmp_path, small, pre
 
 
 @pytest.mark.parametrize(("name", "line", "message"), [
-    ("a.jsonl", "{broken", "line 2: not valid JSON"),
+    ("a.jsonl", "{broken", "line 2: it is not valid JSON"),
     ("a.jsonl", '{"prompt": "x"}', r'line 2: expected \{"text": text\} or'),
     ("a.jsonl", '{"turns": []}', r'line 2: expected \{"text": text\} or'),
-    ("a.jsonl", "[1]", r'line 2: expected \{"text": text\} or'),
+    ("a.jsonl", "[1]", "line 2: expected a JSON object; found a list"),
 ])
 def test_a_bad_calibration_line_is_named(tmp_path, small, name, line, message):
     (tmp_path / name).write_text('{"text": "fine"}\n' + line + "\n")

@@ -10,12 +10,12 @@ from printed_tables import table_cells
 from rich.console import Console
 from typed import command, fails_with
 
+from checkpoints_tools.records import Record
 from experiments.answers import answer_files, scoring
 from experiments.answers.scoring import Scorer, Verdict
 from experiments.benchmarks import gsm8k
 from experiments.benchmarks.benchmark import Benchmark
 from experiments.inputs.questions import dialogue
-from experiments.inputs.records import Record
 from experiments.reporting import benchmark_command, report
 from experiments.running import runner
 from experiments.timing import device

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from checkpoints_tools.records import Record
 from experiments.benchmarks import gsm8k, stop_strings
 from experiments.benchmarks.chain_of_thought import EXAMPLES
 from experiments.inputs import questions
-from experiments.inputs.records import Record
 from specmq_jax.errors import UserError
 
 

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typed import command, fails_with
 
+from checkpoints_tools.records import Record
 from experiments.benchmarks import code_answers, human_eval
 from experiments.inputs import questions
-from experiments.inputs.records import Record
 from experiments.sandbox import code_execution
 from experiments.sandbox.code_execution import Limits
 from specmq_jax.errors import UserError

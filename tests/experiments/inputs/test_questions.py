@@ -26,7 +26,7 @@ def test_a_range_is_cut_out_and_further_keys_and_empty_lines_are_ignored(tmp_pat
 
 
 @pytest.mark.parametrize(("line", "fault"), [
-    ("{'question_id': 1}", "not valid JSON"),
+    ("{'question_id': 1}", "it is not valid JSON"),
     ("[1, 2]", "expected a JSON object; found a list"),
     ('{"category": "math", "turns": ["a"]}', "'question_id' is missing"),
     ('{"question_id": true, "category": "math", "turns": ["a"]}', "'question_id' must be a number or a text; found true"),
