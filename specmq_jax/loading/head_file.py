@@ -1,22 +1,17 @@
 """The tensors of an official EAGLE head's files, by name."""
 
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from specmq_jax.errors import UserError
 from specmq_jax.json_files import read_json
+from specmq_jax.tensor_files import DTYPES, pickled, safetensors, torch_array, torch_type
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"d2t": ("I64", "I32", "I16"), "t2d": ("BOOL", "U8", "I8", "I32", "I64")}
-_TORCH_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-                "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 _PLAIN, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 Tensors = Mapping[str, np.ndarray]
@@ -74,7 +69,7 @@ class HeadFiles:
             return self._pickled
         tensors: dict[str, np.ndarray] = {}
         for path in self._files:
-            with _opened(path) as file:
+            with safetensors(path) as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}
         return tensors
 
@@ -130,46 +125,13 @@ def _check_index(index: pathlib.Path, places: Mapping[str, pathlib.Path]) -> Non
 
 
 def _headers(path: pathlib.Path) -> Headers:
-    with _opened(path) as file:
+    with safetensors(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}
         return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
-
-
 def _unpickled(path: pathlib.Path) -> tuple[Headers, Tensors]:
-    """What a pickle holds, if that is plain tensors alone. Of types that are refused only the headers."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path} needs PyTorch: pip install 'specmq-jax[torch]', or save it as {_PLAIN}") from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{path} can't be loaded as plain tensors: {reason.splitlines()[0]}") from None
-    if not isinstance(loaded, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-            and value.device.type == "cpu" for name, value in loaded.items()):
-        raise UserError(f"{path} can't be loaded as plain tensors: expected names with a tensor each")
-    kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in loaded.items()}
-    headers = {name: Header(tuple(value.shape), _TORCH_TYPES.get(kinds[name], kinds[name])) for name, value in loaded.items()}
-    return headers, {name: _array(value) for name, value in loaded.items() if kinds[name] in _TORCH_TYPES}
-
-
-def _array(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # which PyTorch does not hand to NumPy
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    """What a pickle holds; of types that are refused only the headers."""
+    loaded = pickled(path)
+    headers = {name: Header(tuple(value.shape), torch_type(value)) for name, value in loaded.items()}
+    return headers, {name: torch_array(loaded[name]) for name, header in headers.items() if header.type in DTYPES}

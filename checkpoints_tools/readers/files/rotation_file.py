@@ -7,13 +7,11 @@ from collections.abc import Collection
 import numpy as np
 from jaxtyping import Float
 
-from checkpoints_tools.readers.files.safetensors_files import SafetensorsFiles
-from checkpoints_tools.readers.files.tensor_files import DTYPES
-from checkpoints_tools.readers.files.torch_files import load_tensors
-from checkpoints_tools.readers.files.weight_files import ROTATION_FILES, WeightFiles
+from checkpoints_tools.readers.files.weight_files import ROTATION_FILES
 from checkpoints_tools.writers.shards import save_tensors
 from specmq_jax.errors import UserError
 from specmq_jax.formats import peak
+from specmq_jax.tensor_files import DTYPES, pickled, safetensors, torch_array
 from specmq_jax.words import count
 
 _FILE = "rotation.safetensors"
@@ -75,15 +73,16 @@ def check_rotation(rotation: np.ndarray, name: str, size: int | None = None) -> 
 
 def _read_matrix(path: pathlib.Path) -> np.ndarray:
     if path.suffix in _PICKLED:
-        tensors = load_tensors(path)
-        return tensors[_only_name(path, tensors)]
+        tensors = pickled(path, mapped=True, alone=True)
+        return torch_array(tensors[_only_name(path, tensors)])
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no rotation's file: expected the ending .safetensors, {', '.join(_PICKLED)}")
-    files = SafetensorsFiles(path.parent, WeightFiles((path,)))
-    name = _only_name(path, files.headers)
-    if files.headers[name].type not in DTYPES:
-        raise UserError(f"{path} has type {files.headers[name].type}; expected one of {', '.join(DTYPES)}")
-    return files.read(name)
+    with safetensors(path) as file:
+        name = _only_name(path, file.keys())
+        kind = file.get_slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise UserError(f"{path} has type {kind}; expected one of {', '.join(DTYPES)}")
+        return file.get_tensor(name)
 
 
 def _only_name(path: pathlib.Path, tensors: Collection[str]) -> str:

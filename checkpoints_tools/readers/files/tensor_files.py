@@ -5,15 +5,9 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import ml_dtypes
 import numpy as np
 
 from specmq_jax.errors import UserError
-
-DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-          "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-          "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
-"""NumPy's dtypes by safetensors' names."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_a_truncated_safetensors_file(tmp_path):
     file = tmp_path / "source" / "model.safetensors"
     size = file.stat().st_size
     truncate(file, 100)
-    refuse(tmp_path, tmp_path / "source", "truncated", f"it has {size - 100} bytes, expected {size}")
+    refuse(tmp_path, tmp_path / "source", "truncated", f"it has {size - 100} bytes")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 4, b"\xff" * 64, b"\x05" + b"\x00" * 7 + b"[1,2]"])
