@@ -73,9 +73,9 @@ class Reader(abc.ABC):
                 load_rotation(self.rotation_file, self.llama.hidden_size)
             shutil.copyfile(self.rotation_file, directory / self.rotation_file.name)
 
-    def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
-        """SHA-256 of the files by name; `advance` is told of the bytes read."""
-        return {path.name: sha256(path, advance) for path in self.files}
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files by name."""
+        return {path.name: sha256(path) for path in self.files}
 
 
 class ModuleReader(Reader):
@@ -163,11 +163,7 @@ def _concatenate(parts: Sequence[Logical]) -> Logical:
     return np.concatenate(parts, axis=1)
 
 
-def sha256(path: pathlib.Path, advance: Callable[[int], None] = lambda count: None) -> str:
+def sha256(path: pathlib.Path) -> str:
     """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ class NativeReader(Reader):
     def save_tokenizer(self, directory: pathlib.Path) -> None:
         copy_tokenizer(self.location, directory)
 
-    def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
         """Those of the files that the native checkpoint itself was made from."""
         return dict(self._checkpoint.metadata.get("sha256", {}))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +97,8 @@ class RotatedReader(Reader):
     def save_rotation(self, directory: pathlib.Path) -> None:
         save_rotation(directory, self.rotation)
 
-    def digests(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
-        return self._reader.digests(advance)
+    def digests(self) -> dict[str, str]:
+        return self._reader.digests()
 
     def _values(self, path: str) -> np.ndarray:
         values = self._reader.read(path)
