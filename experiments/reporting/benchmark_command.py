@@ -22,14 +22,11 @@ from experiments.display.lines import say
 from experiments.inputs import questions
 from experiments.inputs.questions import Question
 from experiments.reporting import answer_runs, report
-from experiments.reporting.answer_runs import Run
 from experiments.running import claims, flags, runner
 from experiments.running.runner import Result
 from experiments.running.settings import Settings
 from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
-from specmq_jax.files import scratch
-from specmq_jax.json_files import is_json
 from specmq_jax.words import count
 
 _SCORE = absl_flags.DEFINE_list(
@@ -103,7 +100,7 @@ def score_files(benchmark: Benchmark, addresses: Sequence[str], question_file: s
         raise UserError(f"{obstacle}; nothing was scored")
     asked = questions.load(benchmark.question_file(question_file), parse=benchmark.parse)
     for address in addresses:
-        runs = _runs(address)
+        runs = answer_runs.find(address, unfinished=True)
         path = runs[0].path
         scores = [(run, scoring.score(benchmark.scorer, run.answers, _of_file(path, asked))) for run in runs]
         for run, score in scores:
@@ -115,21 +112,6 @@ def score_files(benchmark: Benchmark, addresses: Sequence[str], question_file: s
 def _in_words(score: Score) -> str:
     return (f"{score.metric} {percent(score.share, 1)}, {score.right} of {count(len(score.verdicts), 'answer')} right; "
             f"{len(score.verdicts)} of {count(score.questions, 'question')} answered")
-
-
-def _runs(address: str) -> list[Run]:
-    """The runs of a file; a last line that a killed run left unfinished, or that one is writing, is passed over."""
-    path = pathlib.Path(address)
-    try:
-        content = path.read_bytes()
-    except OSError:  # no such file, or FILE#N
-        return answer_runs.find(address)
-    if not content.strip() or content.endswith(b"\n") or is_json(content[content.rfind(b"\n") + 1:]):
-        return answer_runs.find(address)
-    with scratch("specmq_score") as directory:
-        whole = directory / path.name
-        whole.write_bytes(content[:content.rfind(b"\n") + 1])
-        return [dataclasses.replace(run, path=path) for run in answer_runs.read(whole)]
 
 
 def _of_file(path: pathlib.Path, asked: Sequence[Question]) -> Sequence[Question]:
