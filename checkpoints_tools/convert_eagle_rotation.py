@@ -19,10 +19,9 @@ from checkpoints_tools.readers.files.rotation_file import load_rotation
 from checkpoints_tools.writers.shards import save_tensors
 from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
-from specmq_jax.files import check_destination, staged
+from specmq_jax.files import check_destination, put_json, staged
 from specmq_jax.formats import dense_values
 from specmq_jax.json_files import read_json
-from specmq_jax.loading.checkpoint import write_json
 from specmq_jax.loading.head import outline_head
 from specmq_jax.loading.head_checks import check_draft_ids, check_finite
 from specmq_jax.loading.head_file import HeadFiles
@@ -59,7 +58,7 @@ def convert_head(eagle: str | pathlib.Path, base: str | pathlib.Path, rotation: 
     settings = read_json(eagle / "config.json") | ({ROTATED_TARGET: True} if config.version == 3 else {})
     with staged(output) as directory:
         save_tensors(directory / "model.safetensors", tensors)
-        write_json(directory / "config.json", settings)
+        put_json(directory / "config.json", settings)
     return output
 
 

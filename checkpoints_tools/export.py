@@ -22,9 +22,8 @@ from checkpoints_tools.writers.shards import ShardWriter
 from specmq_jax import formats
 from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
-from specmq_jax.files import check_destination, staged
+from specmq_jax.files import check_destination, put_json, staged
 from specmq_jax.formats import Dense, DenseFormat, GroupedInt4, Int4GroupFormat, Logical, Quantised, dense_values, peak
-from specmq_jax.loading.checkpoint import write_json
 from specmq_jax.network.parameters import Formats, parameter_shapes
 
 SHARD_BYTES = 1 << 30
@@ -76,8 +75,8 @@ def export(source: str | pathlib.Path, destination: str | pathlib.Path, layout: 
         quantisation = _LAYOUTS[layout].describe(reader, act_order)
         if quantisation:
             config["quantization_config"] = quantisation
-            write_json(directory / "quantize_config.json", quantisation)
-        write_json(directory / "config.json", config)
+            put_json(directory / "quantize_config.json", quantisation)
+        put_json(directory / "config.json", config)
     return destination
 
 

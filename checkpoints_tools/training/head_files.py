@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from checkpoints_tools.writers.shards import save_tensors
 from specmq_jax.errors import UserError
-from specmq_jax.files import check_destination, staged
-from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.files import check_destination, put_json, staged
 from specmq_jax.loading.head_tensors import head_tensors
 from specmq_jax.loading.model import Params
 from specmq_jax.network.config import LlamaConfig
@@ -83,7 +82,7 @@ def export(destination: pathlib.Path, params: Mapping[str, Any], config: EagleCo
         tensors |= {"d2t": ids.astype(np.int64) - np.arange(len(ids)), "t2d": known}
     with staged(destination) as directory:
         save_tensors(directory / "model.safetensors", tensors)
-        write_json(directory / "config.json", official)
+        put_json(directory / "config.json", official)
 
 
 def _halves(name: str, values: Any) -> Float[np.ndarray, "..."]:

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoints_tools.writers.arrays import contiguous
-from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.files import put_json
 
 _INDEX = "model.safetensors.index.json"
 
@@ -51,7 +51,7 @@ class ShardWriter:
             final = f"model-{i:05}-of-{len(self._files):05}.safetensors"
             file.rename(self._directory / final)
             weight_map |= dict.fromkeys(names, final)
-        write_json(self._directory / _INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
+        put_json(self._directory / _INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
 
     def _flush(self) -> None:
         file = self._directory / f"shard-{len(self._files) + 1:05}.safetensors"

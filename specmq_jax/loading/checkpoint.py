@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from specmq_jax.commands.version import version
 from specmq_jax.errors import UserError
-from specmq_jax.files import cache_directory, staged
+from specmq_jax.files import cache_directory, put_json, staged
 from specmq_jax.formats import Weight
 from specmq_jax.json_files import read_json
 from specmq_jax.network.config import LlamaConfig
@@ -270,13 +270,8 @@ class CheckpointWriter:
                       for path in files},
         }
         config = {key: value for key, value in self._config.items() if key != "quantization_config"}
-        write_json(self.directory / "config.json", config)
-        write_json(self.directory / METADATA_FILE, metadata)
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+        put_json(self.directory / "config.json", config)
+        put_json(self.directory / METADATA_FILE, metadata)
 
 
 def _named_leaves(path: str, tree: Any) -> Iterator[tuple[str, Any]]:

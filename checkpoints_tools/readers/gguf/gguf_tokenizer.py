@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from checkpoints_tools.readers.gguf.gguf_file import Metadata
 from specmq_jax.entries import shown
 from specmq_jax.errors import UserError
-from specmq_jax.loading.checkpoint import write_json
+from specmq_jax.files import put_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Token types of gguf.TokenType. SentencePiece's unknown token is special as well."""
@@ -94,10 +94,10 @@ def save(value: Value, directory: pathlib.Path, where: str = "the GGUF") -> None
     template = metadata.text("tokenizer.chat_template")
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    write_json(directory / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
+    put_json(directory / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
     ends = list(dict.fromkeys(found.ids[name] for name in ("eos", "eot", "eom") if name in found.ids))
     if ends:
-        write_json(directory / "generation_config.json", {"eos_token_id": ends})
+        put_json(directory / "generation_config.json", {"eos_token_id": ends})
 
 
 def _read(metadata: Metadata) -> _Vocabulary | None:
