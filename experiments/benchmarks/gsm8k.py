@@ -1,5 +1,6 @@
 """GSM8K's word problems, answered by chain of thought behind eight examples."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -7,13 +8,14 @@ import specmq_jax as sm
 from checkpoints_tools.records import Record
 from experiments.answers.scoring import Scorer, Verdict
 from experiments.benchmarks.benchmark import Bench, Benchmark
-from experiments.benchmarks.chain_of_thought import EXAMPLES
 from experiments.benchmarks.prompts import whole_text
 from experiments.benchmarks.stop_strings import cut
 from experiments.inputs import questions
 from experiments.inputs.published import Published
 from experiments.inputs.questions import Question
 
+_EXAMPLES = questions.SAMPLES / "gsm8k_examples.jsonl"
+"""Questions, chains of thought and answers from the appendix of Wei et al. (arXiv:2201.11903)."""
 _STOP = ("\nQ:",)
 _TRIGGER = "the answer is"
 _NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -22,7 +24,8 @@ _REFERENCE = re.compile(r"####\s*(-?[\d.,]*\d)")
 
 def prompt(question: str) -> str:
     """The eight examples and the question, as SpecMQuant's evaluation (https://github.com/AI9Stars/SpecMQuant) asks it."""
-    examples = "".join(f"Q: {asked}\nA: {thought} The answer is {answer}.\n\n" for asked, thought, answer in EXAMPLES)
+    solved = map(json.loads, _EXAMPLES.read_text(encoding="utf-8").splitlines())
+    examples = "".join("Q: {question}\nA: {thought} The answer is {answer}.\n\n".format(**example) for example in solved)
     return f"{examples}Q: {question}\nA:"
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from checkpoints_tools.records import Record
 from experiments.benchmarks import gsm8k, stop_strings
-from experiments.benchmarks.chain_of_thought import EXAMPLES
 from experiments.inputs import questions
 from specmq_jax.errors import UserError
 
@@ -74,7 +73,8 @@ def test_a_malformed_question_is_named_with_its_fault(values, fault):
 def test_the_prompt_holds_eight_solved_examples_before_the_question():
     prompt = gsm8k.prompt("How many?")
     assert prompt.endswith("\n\nQ: How many?\nA:") and prompt.count("Q: ") == 9 and prompt.count("The answer is ") == 8
-    for _, thought, answer in EXAMPLES:
+    for example in prompt.split("\n\n")[:-1]:
+        thought, answer = re.fullmatch(r"Q: .*\nA: (.*) The answer is (.*)\.", example).groups()
         assert gsm8k.parse_answer(f"{thought} The answer is {answer}.") == answer
         assert gsm8k.parse_answer(thought) == answer  # each chain of thought comes to its answer
     assert prompt.startswith("Q: There are 15 trees in the grove.")
