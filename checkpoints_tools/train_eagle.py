@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxtyping import Int32
 from rich.console import Console
 
 from checkpoints_tools.arguments import arguments
+from specmq_jax import locks
 from specmq_jax import tokenizer as tk
 from specmq_jax.commands import entry
 from specmq_jax.errors import UserError
@@ -30,7 +31,6 @@ from specmq_jax.formats import DenseFormat
 from specmq_jax.json_files import read_json
 from specmq_jax.loading.contents import checkpoint_digest, json_digest
 from specmq_jax.loading.model import Model, load
-from specmq_jax.locks import locked
 from specmq_jax.words import count
 
 if TYPE_CHECKING:
@@ -164,16 +164,9 @@ def _check_destination(destination: pathlib.Path, record: "TrainingRecord") -> N
                         f"another name with --work_dir={record.directory}, --extend and more --epochs trains it on") from None
 
 
-@contextlib.contextmanager
-def _claimed(work_dir: pathlib.Path) -> Iterator[None]:
-    """Keeps other trainings out of the directory, which is made where it is missing."""
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{work_dir} can't be written: {error.strerror}; give another --work_dir") from None
-    with locked(work_dir / ".run.lock", f"another training is going on in {work_dir}; wait until it has ended, or give another "
-                                        "--work_dir"):
-        yield
+def _claimed(work_dir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other trainings out of the directory; errors as in `locks.claimed`."""
+    return locks.claimed(work_dir, ".run.lock", "another training is going on", "give another --work_dir")
 
 
 def _check(target: Model, settings: Settings) -> None:

@@ -35,3 +35,24 @@ def locked(path: pathlib.Path, taken: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def claimed(directory: pathlib.Path, name: str, taken: str, way_out: str) -> Iterator[None]:
+    """Holds a lock file in a directory, which is made where it is missing.
+
+    Args:
+      directory: that is claimed.
+      name: of the lock file.
+      taken: what somebody else who holds it does, as a message begins.
+      way_out: ends every message.
+
+    Raises:
+      UserError: the lock is held, or the directory can't be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} can't be written: {error.strerror or error}; {way_out}") from None
+    with locked(directory / name, f"{taken} in {directory}; wait until it has ended, or {way_out}"):
+        yield

@@ -12,7 +12,7 @@ from checkpoints_tools.writers.leaf_files import damaged, load_leaves, save_leav
 from specmq_jax.errors import UserError
 from specmq_jax.formats import Weight
 from specmq_jax.kept_settings import changes, read_settings, write_settings
-from specmq_jax.locks import locked
+from specmq_jax.locks import claimed
 from specmq_jax.network.parameters import Formats
 
 _GOES_ON = "the layers it holds are kept, and the same command goes on behind them"
@@ -41,12 +41,7 @@ class KeptLayers:
         """
         absolute = destination.absolute()
         directory = absolute.parent / f".{absolute.name}.layers"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{directory} can't be written: {error.strerror or error}; {_GOES_ON}") from None
-        with locked(directory / ".lock", f"another run is making the layers in {directory}; wait until it has ended, or give "
-                                         "another destination"):
+        with claimed(directory, ".lock", "another run is making the layers", "give another destination"):
             kept = cls(directory, settings, target)
             kept._check()
             yield kept

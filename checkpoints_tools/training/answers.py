@@ -16,13 +16,12 @@ from checkpoints_tools import records
 from checkpoints_tools.records import Record
 from checkpoints_tools.training.answer_parts import Row, find_parts, next_part, read_part, write_part
 from checkpoints_tools.training.sampler import Completion, Request, Sampler
+from specmq_jax import locks, words
 from specmq_jax import tokenizer as tk
-from specmq_jax import words
 from specmq_jax.errors import UserError
 from specmq_jax.files import put_text
 from specmq_jax.kept_settings import changes, read_settings, write_settings
 from specmq_jax.loading.model import Params
-from specmq_jax.locks import locked
 
 PART = 1024
 """Answers in one file."""
@@ -146,20 +145,9 @@ def check_kept(directory: pathlib.Path, settings: Mapping[str, Any], *, whole: b
     return parts
 
 
-@contextlib.contextmanager
-def claimed(directory: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs from making answers in a store, which is made where it is missing.
-
-    Raises:
-      UserError: one does, or the directory can't be made.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory} can't be written: {error.strerror}") from None
-    with locked(directory / ".answers.lock", f"another run is making answers in {directory}; wait until it has made them, or "
-                                             "give another --answers"):
-        yield
+def claimed(directory: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other runs from making answers in a store; errors as in `locks.claimed`."""
+    return locks.claimed(directory, ".answers.lock", "another run is making answers", "give another --answers")
 
 
 class _Progress:
