@@ -14,7 +14,6 @@ import jax
 from absl import flags as absl_flags
 from rich.console import Console
 
-from experiments import tune
 from experiments.answers import metrics
 from experiments.display import tables
 from experiments.display.cells import NO_VALUE, number, significant, times
@@ -23,7 +22,7 @@ from experiments.kernels import cases, timing
 from experiments.kernels.cases import Case, linears
 from experiments.kernels.timing import Loop, Plan, Timing
 from experiments.running import flags
-from experiments.timing import device
+from experiments.timing import bench_flags, device
 from experiments.timing.sizes import SHAPES
 from pallas_kernels.w4a16.api import GROUP_SIZES
 from specmq_jax import words
@@ -269,12 +268,12 @@ def main(argv: Sequence[str]) -> None:
     flags.no_arguments(argv)
     given = absl_flags.FLAGS
     default = ["demo"] if jax.default_backend() == "cpu" else ["llama3-8b", "llama3-70b"]
-    ops, models = tune.names("ops", given.ops, OPS), tune.names("shapes", given.shapes or default, SHAPES)
-    rows = tuple(tune.counts("rows", given.rows or ()))
+    ops, models = bench_flags.chosen("ops", OPS), bench_flags.chosen("shapes", SHAPES, given.shapes or default)
+    rows = bench_flags.counts("rows") if given.rows else None
     json_file = pathlib.Path(given.json) if given.json else None
     if json_file:
         tables.check_file(json_file, "json")
-    run(Bench(rows=rows or None, group_size=int(given.group_size), runs=given.runs), ops, models, json_file)
+    run(Bench(rows=rows, group_size=int(given.group_size), runs=given.runs), ops, models, json_file)
 
 
 def declare_flags() -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from absl import flags
 from experiments.kernels import problems
 from experiments.kernels.problems import Problem
 from experiments.kernels.search import NoYardstickError, OutOfTimeError, Result, Search, best
+from experiments.timing import bench_flags
 from experiments.timing.sizes import SHAPES
 from pallas_kernels import launch
 from pallas_kernels.w4a16.api import GROUP_SIZES
@@ -119,10 +120,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; options are spelled --name=value (--help lists them)")
     given = flags.FLAGS
-    ops = names("ops", given.ops, problems.OPS)
-    models = [SHAPES[name] for name in names("shapes", given.shapes, SHAPES)]
-    rows = counts("rows", given.rows)
-    group_sizes = [int(size) for size in names("group_sizes", given.group_sizes, [str(size) for size in GROUP_SIZES])]
+    ops = bench_flags.chosen("ops", problems.OPS)
+    models = [SHAPES[name] for name in bench_flags.chosen("shapes", SHAPES)]
+    rows = bench_flags.counts("rows")
+    group_sizes = list(map(int, bench_flags.chosen("group_sizes", list(map(str, GROUP_SIZES)))))
     if jax.default_backend() != "gpu":
         raise UserError(f"tables are tuned on a GPU, and JAX sees none here (its device is {jax.devices()[0].device_kind}); "
                         "install specmq-jax[cuda12] or [cuda13] on a machine with one")
@@ -132,21 +133,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"{jax.devices()[0].device_kind}: {count(len(found), 'problem')}, into {places}", flush=True)
     deadline = time.monotonic() + given.budget_s if given.budget_s else None
     run(found, tables, Search(most=given.candidates, deadline=deadline), retune=given.all)
-
-
-def names(flag: str, given: Sequence[str], known: Collection[str]) -> list[str]:
-    """A list flag's values, of those known. Raises UserError for others."""
-    for name in given:
-        if name not in known:
-            raise UserError(f"--{flag} names {name!r}, which is not known; choose of {', '.join(map(str, known))}")
-    return list(given)
-
-
-def counts(flag: str, given: Sequence[str]) -> list[int]:
-    """A list flag's values as numbers. Raises UserError for anything but whole ones above 0."""
-    if wrong := [text for text in given if not text.isdecimal() or not int(text)]:
-        raise UserError(f"--{flag} has {wrong[0]!r} in it; expected whole numbers above 0")
-    return [int(text) for text in given]
 
 
 def declare_flags() -> None:

@@ -1,6 +1,6 @@
 """Flags of the benchmarks at real sizes with random weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from absl import flags as absl_flags
 
@@ -25,7 +25,7 @@ def head_precision() -> str | None:
     return formats.get(name).name if name else None
 
 
-def methods(known: Sequence[str], *default: str) -> tuple[str, ...]:
+def methods(known: Collection[str], *default: str) -> tuple[str, ...]:
     """Ways of drafting, of those that are known."""
     return chosen("methods", known, absl_flags.FLAGS.methods or default)
 
@@ -47,7 +47,7 @@ def _tree(depth: int | None, top_k: int | None, size: int | None, default: TreeC
     return TreeConfig(depth=depth, top_k=top_k, size=size or TreeConfig.fitting(depth, top_k, default.size).size)
 
 
-def chosen(flag: str, known: Sequence[str], found: Sequence[str] = ()) -> tuple[str, ...]:
+def chosen(flag: str, known: Collection[str], found: Sequence[str] = ()) -> tuple[str, ...]:
     """What a flag of names lists, or what it stands for where it was not given; a name that is not known, or none, is a
     `UserError`."""
     found = found or absl_flags.FLAGS[flag].value or ()

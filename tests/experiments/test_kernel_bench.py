@@ -69,7 +69,7 @@ def test_the_peers_times_stand_beside_the_device_they_were_measured_on(name, kno
 @pytest.mark.parametrize(("arguments", "fault"), [
     (["--ops=nonsense"], "--ops names 'nonsense', which is not known; choose of w4a16"),
     (["--shapes=llama9"], "--shapes names 'llama9'"),
-    (["--rows=0"], "--rows has '0' in it; expected whole numbers above 0"),
+    (["--rows=0"], "--rows=0 must list whole numbers above 0"),
     (["--json=/nowhere/figures.json"], "/nowhere/figures.json can't be written to"),
 ])
 def test_a_mistake_ends_in_one_line(arguments, fault):

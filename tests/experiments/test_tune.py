@@ -200,7 +200,7 @@ def test_a_damaged_table_is_named(package):
 
 @pytest.mark.parametrize(("arguments", "fault"), [
     (["--ops=w4a16,w3"], "--ops names 'w3', which is not known; choose of w4a16"),
-    (["--rows=1,x"], "--rows has 'x' in it; expected whole numbers above 0"),
+    (["--rows=1,x"], "--rows=1,x must list whole numbers above 0"),
     (["--group_sizes=48"], "--group_sizes names '48'"),
     ([], "tables are tuned on a GPU, and JAX sees none here"),
 ])
