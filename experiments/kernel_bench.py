@@ -6,6 +6,7 @@ Weights and caches are read cold, launch gaps are counted. A table of each model
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,15 +34,9 @@ _LOOP_SECONDS = 2e-2
 _CONTEXTS = (512, 4096, 16384)
 _ROUNDED = "w4a8-qqq"  # whose partial sums the rounded ops add up
 _DRAFTED, _RANKED_VOCABULARY = 10, 32768  # candidates of a node of the papers' trees, and a frequency-ranked vocabulary
-
-# SpecMQuant's own W4A16 product in groups of 128 (Marlin) on an H200: K and N, then microseconds at these rows.
-_MARLIN_ROWS = (1, 8, 16, 32, 48, 60, 64)
-_MARLIN = {
-    (4096, 6144): (11.1, 11.2, 11.2, 19.0, 23.1, 28.7, 28.7), (4096, 4096): (10.4, 10.4, 10.5, 20.5, 24.8, 31.4, 31.4),
-    (4096, 28672): (28.1, 28.4, 28.7, 32.8, 40.7, 49.3, 49.7), (14336, 4096): (18.5, 18.2, 18.2, 29.6, 36.5, 44.9, 44.9),
-    (8192, 10240): (20.6, 20.8, 20.9, 27.9, 34.6, 41.7, 41.7), (8192, 8192): (16.9, 16.8, 16.9, 23.9, 29.5, 35.6, 35.7),
-    (8192, 57344): (90.5, 95.6, 98.6, 119, 165, 188, 182), (28672, 8192): (50.4, 47.9, 49.3, 64.5, 80.8, 97.5, 100),
-}
+_MARLIN: Mapping[str, Sequence[float]] = json.loads(
+    (pathlib.Path(__file__).parent / "data" / "marlin_h200.json").read_text(encoding="utf-8"))
+"""SpecMQuant's own W4A16 product in groups of 128 (Marlin) on an H200: "rows", and by "KxN" microseconds at these rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +169,10 @@ def _steps(make: Callable[[Bench, LlamaConfig, int], Case], *, compared: bool = 
 
 
 def _marlin(inner: int, columns: int, rows: int) -> float | None:
-    if (inner, columns) not in _MARLIN or rows not in _MARLIN_ROWS or "H200" not in device.device_name():
+    microseconds = _MARLIN.get(f"{inner}x{columns}")
+    if microseconds is None or rows not in _MARLIN["rows"] or "H200" not in device.device_name():
         return None
-    return 1e-6 * _MARLIN[inner, columns][_MARLIN_ROWS.index(rows)]
+    return 1e-6 * microseconds[_MARLIN["rows"].index(rows)]
 
 
 def _splits(bench: Bench, model: LlamaConfig, linear: str, rows: int, kind: str | None = None) -> int:
@@ -202,7 +198,7 @@ def _top_k(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[It
 
 _TREE_ROWS = (1, 10, 30, 60)
 OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
-    "w4a16": (_MARLIN_ROWS, _w4a16("partials")), "w4a16_product": (_MARLIN_ROWS, _w4a16("product")),
+    "w4a16": (tuple(_MARLIN["rows"]), _w4a16("partials")), "w4a16_product": (tuple(_MARLIN["rows"]), _w4a16("product")),
     "dense": (_TREE_ROWS, _products(lambda bench, *sizes: cases.split_dense_product(*sizes))),
     "w8a16": (_TREE_ROWS, _products(lambda bench, *sizes: cases.weight_only_product(*sizes, result="partials"), head=True)),
     **{kind: (_TREE_ROWS, _integer_products(kind)) for kind in cases.INTEGER_KINDS},

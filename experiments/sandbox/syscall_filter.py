@@ -6,25 +6,14 @@ is a classic BPF program over `struct seccomp_data` (linux/seccomp.h, seccomp(2)
 """
 
 import errno
+import json
+import pathlib
 import platform
 import struct
 from collections.abc import Mapping
 
-# (x86_64, aarch64), from the kernel's tables; None where the architecture has no such call
-_ALLOWED: Mapping[str, tuple[int | None, int | None]] = {
-    "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
-    "poll": (7, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "pread64": (17, 67),
-    "readv": (19, 65), "writev": (20, 66), "access": (21, None), "select": (23, None), "sched_yield": (24, 124),
-    "mremap": (25, 216), "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172), "exit": (60, 93),
-    "uname": (63, 160), "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169), "getrusage": (98, 165),
-    "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
-    "getegid": (108, 177), "sigaltstack": (131, 132), "gettid": (186, 178), "futex": (202, 98),
-    "sched_getaffinity": (204, 123), "getdents64": (217, 61), "restart_syscall": (219, 128), "clock_gettime": (228, 113),
-    "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "exit_group": (231, 94), "newfstatat": (262, 79),
-    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73), "getrandom": (318, 278),
-    "statx": (332, 291), "faccessat2": (439, 439),
-}
+_ALLOWED = pathlib.Path(__file__).parents[1] / "data" / "system_calls.json"
+"""Each call's numbers on x86_64 and aarch64, from the kernel's tables; null where the architecture has no such call."""
 # number of the call and of the argument that holds its flags
 _OPENING: Mapping[str, tuple[tuple[int, int], ...]] = {"x86_64": ((2, 1), (257, 2)), "aarch64": ((56, 2),)}
 _FCNTL: Mapping[str, int] = {"x86_64": 72, "aarch64": 25}
@@ -53,7 +42,7 @@ def program() -> bytes:
     column = list(_ARCHITECTURES).index(machine)
     code = [_instruction(_LOAD, _ARCHITECTURE), _instruction(_JUMP_EQUAL, _ARCHITECTURES[machine], 1, 0),
             _instruction(_RETURN, _KILL_PROCESS), _instruction(_LOAD, _NUMBER)]
-    for numbers in _ALLOWED.values():
+    for numbers in json.loads(_ALLOWED.read_text(encoding="utf-8")).values():
         if (number := numbers[column]) is not None:
             code += [_instruction(_JUMP_EQUAL, number, 0, 1), _instruction(_RETURN, _ALLOW)]
     for number, argument in _OPENING[machine]:

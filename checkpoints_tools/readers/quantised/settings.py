@@ -1,5 +1,6 @@
 """Entries of a quantization_config: each is honoured, known to change nothing, or refused by name."""
 
+import json
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,19 +9,8 @@ from checkpoints_tools.readers.files.weight_files import shown
 from specmq_jax.errors import UserError
 
 Kinds = Mapping[str, type]
-HOW_IT_WAS_MADE = frozenset("""
-    act_group_aware amp auto_forward_data_parallel autoround_version backend batch_size block_name_to_quantize
-    cache_block_outputs calibration_dataset compute_device_filter damp_auto_increment damp_percent dataset
-    dense_vram_strategy dense_vram_strategy_devices device disable_exllama disable_opt_rtn enable_adam enable_alg_ext
-    enable_minmax_tuning enable_norm_bias_tuning enable_opt_rtn enable_quanted_input enable_torch_compile exllama_config
-    fail_safe failsafe fallback foem gc_mode gptaq gptaq_alpha gradient_accumulate_steps hessian hyb_act iters lm_head
-    low_cpu_mem_usage low_gpu_mem_usage lr lr_scheduler max_input_length meta minmax_lr mock_quantization
-    model_file_base_name model_name_or_path model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
-    modules_to_not_convert moe_vram_strategy moe_vram_strategy_devices momentum mse nblocks not_use_best_mse nsamples
-    offload_to_disk offload_to_disk_path pack_impl pad_token_id parallel_packing provider quant_block_list quant_lm_head
-    sampler scale_dtype seqlen supported_types to_quant_block_names tokenizer true_sequential use_cuda_fp16 use_exllama v2
-    v2_alpha v2_memory_device version vram_strategy wait_for_submodule_finalizers
-""".split())
+HOW_IT_WAS_MADE = frozenset(json.loads(
+    (pathlib.Path(__file__).parents[2] / "data" / "quantization_entries.json").read_text(encoding="utf-8")))
 """Of AutoGPTQ, GPTQModel, AutoRound and transformers' GPTQConfig: how codes were chosen and by what machine, and which modules
 are quantised, as the tensors tell themselves."""
 OF_ACTIVATIONS = frozenset(("act_group_size", "act_sym", "act_dynamic", "act_data_type"))
