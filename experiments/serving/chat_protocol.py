@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from experiments.serving import request_json
-from experiments.serving.request_json import JsonError, Place, spelled
+from specmq_jax.json_files import JsonError, Place, parse_json, spelled
 
 Json = dict[str, Any]
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -110,7 +109,9 @@ def parse(body: bytes) -> ChatRequest:
       RequestError: it is no JSON object, a field is missing, malformed or unknown, or asks for what can't be done.
     """
     try:
-        found = request_json.read(body)
+        found = parse_json(body.decode("utf-8-sig"), "the body")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid JSON: byte {error.start} is not UTF-8") from None
     except JsonError as error:
         raise RequestError(str(error), parameter=error.place) from None
     if not isinstance(found, dict):

@@ -15,9 +15,9 @@ from starlette.routing import Route
 from experiments.serving import chat_protocol as protocol
 from experiments.serving.chat_protocol import ChatRequest, Json, RequestError
 from experiments.serving.model_queue import ModelQueue, QueueFullError, QueueStoppedError
-from experiments.serving.request_json import shown
 from experiments.serving.served_answer import Answer, Answerer, Events, disconnected, failure, read_prompt, unless
 from specmq_jax.errors import UserError
+from specmq_jax.json_files import shown
 
 MOST_BODY_BYTES = 4 * 2**20
 _CLIENT_CLOSED_REQUEST = 499

@@ -102,7 +102,7 @@ def test_no_value_of_any_field_is_the_servers_fault(application, value):
     (literal("top_p", "1e999"), "1e999 is too large a number", None),
     (literal("seed", "9" * 5000), "is too large an integer: it has 5000 digits", None),
     (literal("metadata", deep(100_000)), "nested too deeply", None),
-    (b'{"model": "fake", "model": "other"}', "the field model twice", "model"),
+    (b'{"model": "fake", "model": "other"}', "the entry 'model' is given twice", "model"),
     (literal("stop", '["a", "\\ud83d"]'), r"stop[1] holds '\ud83d', half of a surrogate pair", "stop[1]"),
     (literal("model", '"\\udc00"'), r"model holds '\udc00'", "model"),
     (literal("\ud83d", "1"), r"\ud83d holds '\ud83d'", r"\ud83d"),
