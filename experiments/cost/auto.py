@@ -5,7 +5,6 @@ It is measured where it isn't known yet for this device, these models and precis
 
 import dataclasses
 import gc
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -26,6 +25,7 @@ from experiments.running.settings import Settings
 from experiments.timing import device
 from specmq_jax.errors import UserError
 from specmq_jax.files import cache_directory, put_json
+from specmq_jax.loading.contents import json_digest
 
 _LEAST_LENGTH = 512
 """Tokens of the cache that acceptance is seen with; the package's questions and their answers fit."""
@@ -119,8 +119,7 @@ def _about(settings: Settings, contents: Contents) -> dict[str, Any]:
 
 
 def _file(about: dict[str, Any]) -> pathlib.Path:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_directory() / "cost_model" / f"{digest}.json"
+    return cache_directory() / "cost_model" / f"{json_digest(about)}.json"
 
 
 def _kept(path: pathlib.Path) -> Choice | None:

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator
 from specmq_jax.locks import locked
 
 
-@contextlib.contextmanager
-def reported(directory: pathlib.Path) -> Iterator[None]:
+def reported(directory: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Keeps every other run's tables and pictures out of an output directory, which exists.
 
     Raises:
       UserError: another run holds it.
     """
-    with _claimed(directory, ".run.lock"):
-        yield
+    return _claimed(directory, ".run.lock")
 
 
 @contextlib.contextmanager

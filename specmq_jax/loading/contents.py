@@ -32,7 +32,8 @@ def checkpoint_digest(directory: str | pathlib.Path) -> str:
     _check_sizes(directory, metadata["files"])
     files = [directory / name for name in _BESIDE_WEIGHTS]
     files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
-    return json_digest([metadata["formats"], metadata.get("content", metadata["files"]), _by_name(filter(_is_file, files))])
+    beside = _by_name(filter(pathlib.Path.is_file, files))
+    return json_digest([metadata["formats"], metadata.get("content", metadata["files"]), beside])
 
 
 def head_digest(directory: str | pathlib.Path) -> str:
@@ -43,7 +44,7 @@ def head_digest(directory: str | pathlib.Path) -> str:
     """
     directory = pathlib.Path(directory)
     try:
-        files = sorted(filter(_is_file, directory.iterdir()))
+        files = sorted(filter(pathlib.Path.is_file, directory.iterdir()))
     except OSError as error:
         raise UserError(f"the head {directory} can't be read: {error.strerror}; give its directory") from None
     weights = [file for file in files if file.suffix == ".safetensors"] or [file for file in files if file.suffix in _PICKLED]
@@ -86,7 +87,3 @@ def _check_sizes(directory: pathlib.Path, expected: Mapping[str, Any]) -> None:
 
 def _by_name(files: Iterable[pathlib.Path]) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files}
-
-
-def _is_file(path: pathlib.Path) -> bool:
-    return path.is_file()

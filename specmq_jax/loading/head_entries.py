@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from specmq_jax.entries import shown
 from specmq_jax.errors import UserError
 from specmq_jax.loading.head_file import Headers
 from specmq_jax.loading.head_tensors import ROTATION
@@ -43,13 +44,13 @@ def check_entries(directory: pathlib.Path, settings: Mapping[str, Any], headers:
     nested = settings.get("eagle_config")
     if nested is not None:
         if not isinstance(nested, dict):
-            raise UserError(f"{directory}: config.json has eagle_config = {_shown(nested)}; expected an object")
+            raise UserError(f"{directory}: config.json has eagle_config = {shown(nested)}; expected an object")
         _refuse(directory, "eagle_config.", nested, plain)
         for key in nested.keys() - plain.keys() - {_LAYERS}:
             raise UserError(f"{directory}: config.json has the entry eagle_config.{key}, which is not known; remove it if it "
                             "changes nothing")
     if not isinstance(settings.get("bias", True), bool):
-        raise UserError(f"{directory}: config.json has bias = {_shown(settings['bias'])}; expected true or false")
+        raise UserError(f"{directory}: config.json has bias = {shown(settings['bias'])}; expected true or false")
     _check_rotation(directory, settings, headers, version)
 
 
@@ -57,9 +58,9 @@ def check_widths(directory: pathlib.Path, settings: Mapping[str, Any], target_hi
     """The width of the head's layers is a number, and that of its target, where config.json gives it, this target's."""
     hidden, wanted = settings.get("hidden_size", 1), settings.get("target_hidden_size")
     if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-        raise UserError(f"{directory}: config.json has hidden_size = {_shown(hidden)}; expected a positive integer")
+        raise UserError(f"{directory}: config.json has hidden_size = {shown(hidden)}; expected a positive integer")
     if wanted is not None and (isinstance(wanted, bool) or wanted != target_hidden_size):
-        raise UserError(f"{directory}: config.json has target_hidden_size = {_shown(wanted)}; this target's states are "
+        raise UserError(f"{directory}: config.json has target_hidden_size = {shown(wanted)}; this target's states are "
                         f"{target_hidden_size} wide")
 
 
@@ -96,7 +97,7 @@ def check_other_streams(directory: pathlib.Path, settings: Mapping[str, Any], ca
 
 def _streams(directory: pathlib.Path, name: str, ids: Any, shift: int) -> tuple[int, ...]:
     if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids) or ids != sorted(set(ids)):
-        raise UserError(f"{directory}: config.json has {name} = {_shown(ids)}; expected an ascending list of layers")
+        raise UserError(f"{directory}: config.json has {name} = {shown(ids)}; expected an ascending list of layers")
     return tuple(i + shift for i in ids)
 
 
@@ -104,20 +105,14 @@ def _refuse(directory: pathlib.Path, place: str, settings: Mapping[str, Any], pl
     for key, value in plain.items():
         found = settings.get(key)
         if found is not None and (found != value or isinstance(found, bool) != isinstance(value, bool)):
-            raise UserError(f"{directory}: config.json has {place}{key} = {_shown(found)}, and only {str(value).lower()} is "
+            raise UserError(f"{directory}: config.json has {place}{key} = {shown(found)}, and only {str(value).lower()} is "
                             "supported for a head of its kind")
 
 
 def _check_rotation(directory: pathlib.Path, settings: Mapping[str, Any], headers: Headers, version: int) -> None:
     found, rotated = settings.get(ROTATED_TARGET), ROTATION in headers
     if not isinstance(found, bool | None):
-        raise UserError(f"{directory}: config.json has {ROTATED_TARGET} = {_shown(found)}; expected true or false")
+        raise UserError(f"{directory}: config.json has {ROTATED_TARGET} = {shown(found)}; expected true or false")
     if found is False and rotated or found and not rotated and version == 2:
         raise UserError(f"{directory}: config.json has {ROTATED_TARGET} = {str(found).lower()}, and tensor "
                         f"{ROTATION} is {'there' if rotated else 'missing'}")
-
-
-def _shown(value: Any) -> str:
-    """A value in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]} ..."

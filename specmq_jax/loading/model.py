@@ -157,7 +157,8 @@ def outline(source: str | pathlib.Path, precision: str | None = None, *, expand:
     """
     wanted = formats.get(precision) if precision else None
     directory = _native_directory(source)
-    config, stored = LlamaConfig.from_directory(directory), _stored_formats(directory)
+    config = LlamaConfig.from_directory(directory)
+    stored = Formats.named(checkpoint.read_metadata(directory)["formats"])
     linear, f32 = wanted or stored.linear, DenseFormat(kind="fp32")
     expand = jax.default_backend() == "cpu" if expand is None else expand
     held = (Formats(linear=formats.expanded(linear), head=formats.expanded(stored.head), embed=f32) if expand else
@@ -305,10 +306,6 @@ def _native_directory(source: str | pathlib.Path) -> pathlib.Path:
     from checkpoints_tools import conversion  # converting is needed for foreign checkpoints alone
 
     return conversion.prepare(source)
-
-
-def _stored_formats(directory: pathlib.Path) -> Formats:
-    return Formats.named(checkpoint.read_metadata(directory)["formats"])
 
 
 def _module(config: LlamaConfig, held: Formats) -> Llama:

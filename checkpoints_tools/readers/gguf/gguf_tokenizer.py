@@ -90,7 +90,8 @@ def save(value: Value, directory: pathlib.Path, where: str = "the GGUF") -> None
                           if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)])
     if metadata.flag("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special:
         after = _begin_with(special["bos_token"], found.ids["bos"])
-        tokenizer.post_processor = after if adds_bos else processors.Sequence([_trim_nothing(), after])
+        plain = processors.ByteLevel(trim_offsets=False)
+        tokenizer.post_processor = after if adds_bos else processors.Sequence([plain, after])
     template = metadata.text("tokenizer.chat_template")
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
@@ -126,10 +127,6 @@ def _begin_with(token: str, token_id: int) -> processors.TemplateProcessing:
     """The token stands under another name in the template, which its own characters can't break."""
     return processors.TemplateProcessing(single="bos $A", pair="bos $A bos $B",
                                          special_tokens=[{"id": "bos", "ids": [token_id], "tokens": [token]}])
-
-
-def _trim_nothing() -> processors.ByteLevel:
-    return processors.ByteLevel(trim_offsets=False)
 
 
 def _byte_level(found: _Vocabulary) -> tuple[Tokenizer, bool]:
