@@ -1,14 +1,12 @@
 """What the pages say holds: links lead somewhere, commands exist and know the flags that are given to them."""
 
-import concurrent.futures
 import functools
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 from markdown_it import MarkdownIt
+from typed import commands
 
 from experiments import specmq
 
@@ -52,18 +50,14 @@ def of_page(page):
 
 @pytest.fixture(scope="module")
 def flags():
-    """The flags of each command by its module, as its --help lists them when the program runs it."""
-    def known(module):
-        code = "import sys; sys.argv[0] = 'specmq'; from experiments import specmq; specmq.main()"
-        found = subprocess.run([sys.executable, "-c", code, MODULES[module], "--help"], cwd=ROOT, text=True,
-                               capture_output=True, timeout=300)
+    """The flags of each command by its module, as its --help lists them."""
+    known = {}
+    for module, found in zip(MODULES, commands(*((module, "--help") for module in MODULES)), strict=True):
         assert found.returncode == 0 and not found.stderr, f"{module}: {found.stderr}"
         assert "\nFlags:\n" in found.stdout
-        return {name for line in found.stdout.splitlines() if line.startswith("  --")
-                for name in ([line[8:], f"no{line[8:]}"] if line.startswith("  --[no]") else [line[4:]])}
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(MODULES, pool.map(known, MODULES), strict=True))
+        known[module] = {name for line in found.stdout.splitlines() if line.startswith("  --")
+                         for name in ([line[8:], f"no{line[8:]}"] if line.startswith("  --[no]") else [line[4:]])}
+    return known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=of_page)

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from sources import DATA, TINY, logical, random_tensors, write_gguf, write_hf
+from typed import commands, fails_with
 
 from checkpoints_tools import conversion as convert_module
 from checkpoints_tools.conversion import convert, prepare
@@ -190,21 +191,17 @@ def test_commands_convert_quantise_and_inspect(tmp_path):
         assert text in shown.stdout
 
 
-@pytest.mark.parametrize(("module", "arguments", "message"), [
-    ("convert", ("absent", "made"), "absent does not exist"),
-    ("convert", ("absent",), "expected 2 arguments, found 1"),
-    ("convert", ("source", "made", "--precision=w3"), "precision 'w3' is not known"),
-    ("convert", ("source", "source"), "exists and is not empty"),
-    ("quantize", ("source", "made"), "--precision is missing"),
-    ("inspect", (), "expected 1 argument, found 0"),
-])
-def test_a_mistake_at_the_command_line_is_one_line_and_exit_code_2(tmp_path, module, arguments, message):
+def test_a_mistake_at_the_command_line_is_one_line_and_exit_code_2(tmp_path):
     write_hf(tmp_path / "source")
-    given = [argument if argument.startswith("--") else tmp_path / argument for argument in arguments]
-    result = command(module, *given)
-    assert result.returncode == 2
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in result.stderr
+    absent, source, made = (tmp_path / name for name in ("absent", "source", "made"))
+    mistakes = {
+        ("convert", absent, made): "absent does not exist", ("convert", absent): "expected 2 arguments, found 1",
+        ("convert", source, made, "--precision=w3"): "precision 'w3' is not known",
+        ("convert", source, source): "exists and is not empty", ("quantize", source, made): "--precision is missing",
+        ("inspect",): "expected 1 argument, found 0"}
+    typed = ((f"checkpoints_tools.{module}", *arguments) for module, *arguments in mistakes)
+    for result, message in zip(commands(*typed), mistakes.values(), strict=True):
+        fails_with(result, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from benches import QUESTIONS
-from typed import ROOT, command, fails_with
+from typed import ROOT, command, commands, fails_with
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_malformed_line(tmp_path, question_file):
                f"{question_file}, line 4: 'turns' is missing")
 
 
-@pytest.mark.parametrize(("arguments", "fault"), [
+MISTAKES = [
     (["--methods=baseline,sepc"], "method 'sepc' is not known; choose of baseline, spec"),
     (["--method=spec", "--methods=baseline"], "choose one"),
     (["--model=own", "--method=eagle2"], "method eagle2 drafts with an EAGLE head; give its directory with --eagle=DIR"),
@@ -44,9 +44,18 @@ def test_a_malformed_line(tmp_path, question_file):
     (["--draft_length=0"], "draft_length"),
     (["--nonsense=1"], "nonsense"),
     (["spec"], "unexpected argument 'spec'"),
-])
-def test_contradictory_or_unknown_flags(arguments, fault):
-    fails_with(command("mt_bench", *arguments), fault)
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    return commands(*(("experiments.mt_bench", *arguments) for arguments, _ in MISTAKES),
+                    shared="experiments.reporting.benchmark_command")
+
+
+@pytest.mark.parametrize("place", range(len(MISTAKES)), ids=[fault for _, fault in MISTAKES])
+def test_contradictory_or_unknown_flags(mistaken, place):
+    fails_with(mistaken[place], MISTAKES[place][1])
 
 
 @pytest.mark.slow
@@ -98,7 +107,10 @@ def test_speedup_refuses_other_questions_and_broken_files(tmp_path):
     base.write_text(answer(1, "math", [10], [1.0], [1]) + answer(2, "math", [10], [1.0], [1]))
     other.write_text(answer(1, "math", [10], [1.0], [1]))
     broken.write_text(other.read_text() + '{"question_id": 2, "ca')
-    fails_with(command("speedup", f"--base={base}", f"--answers={other}"), "1 question and", "2", "same questions")
-    fails_with(command("speedup", f"--base={base}", f"--answers={broken}"), f"{broken}, line 2")
-    fails_with(command("speedup", f"--base={base}", f"--answers={tmp_path}/none.jsonl"), "can't be read")
-    fails_with(command("speedup"), "--base=")
+    typed = [[f"--base={base}", f"--answers={file}"] for file in (other, broken, tmp_path / "none.jsonl")]
+    unequal, torn, gone, bare = commands(*(("experiments.speedup", *arguments) for arguments in (*typed, [])),
+                                         shared="experiments.display.plots")
+    fails_with(unequal, "1 question and", "2", "same questions")
+    fails_with(torn, f"{broken}, line 2")
+    fails_with(gone, "can't be read")
+    fails_with(bare, "--base=")

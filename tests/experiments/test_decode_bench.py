@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from typed import commands
 
 import specmq_jax as sm
 from experiments import decode_bench
@@ -210,14 +211,23 @@ def test_a_rounded_lm_head_is_the_targets_and_its_eagle2_heads():
         sm.random_model(dataclasses.replace(TINY, tie_embeddings=True), "fp16", head="w8a16")
 
 
-@pytest.mark.parametrize(("arguments", "fault"), [
+MISTAKES = [
     (["--shape=llama9"], "shape 'llama9' is neither one of llama3-8b, llama3-70b, llama3-1b, demo, tiny nor a directory"),
     (["--parts=verify,sleep"], "--parts names 'sleep', which is not known; choose of verify, draft, step, prefill"),
     (["--rows=1,0"], "--rows=1,0 must list whole numbers above 0"),
     (["--eagle=somewhere"], "--eagle has no use here"),
     (["--json=/nowhere/figures.json"], "/nowhere/figures.json can't be written to"),
-])
-def test_a_mistake_ends_in_one_line(arguments, fault):
-    result = command(*arguments)
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    typed = (("experiments.decode_bench", *arguments) for arguments, _ in MISTAKES)
+    return commands(*typed, shared="experiments.running.methods")
+
+
+@pytest.mark.parametrize("place", range(len(MISTAKES)), ids=[fault for _, fault in MISTAKES])
+def test_a_mistake_ends_in_one_line(mistaken, place):
+    result = mistaken[place]
     assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith(f"error: {fault}") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"error: {MISTAKES[place][1]}") and len(result.stderr.splitlines()) == 1

@@ -3,19 +3,16 @@
 import dataclasses
 import io
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
+from typed import commands
 
 from experiments import kernel_bench
 from experiments.kernel_bench import OPS, Bench
 from experiments.timing import device
 from experiments.timing.sizes import SHAPES
 
-ROOT = pathlib.Path(__file__).parents[2]
 FEW = Bench(rows=(2,), runs=4)
 
 
@@ -66,14 +63,22 @@ def test_the_peers_times_stand_beside_the_device_they_were_measured_on(name, kno
     assert all(item.marlin is None for item in Bench(group_size=64).items("w4a16", SHAPES["llama3-8b"]))
 
 
-@pytest.mark.parametrize(("arguments", "fault"), [
+MISTAKES = [
     (["--ops=nonsense"], "--ops names 'nonsense', which is not known; choose of w4a16"),
     (["--shapes=llama9"], "--shapes names 'llama9'"),
     (["--rows=0"], "--rows=0 must list whole numbers above 0"),
     (["--json=/nowhere/figures.json"], "/nowhere/figures.json can't be written to"),
-])
-def test_a_mistake_ends_in_one_line(arguments, fault):
-    result = subprocess.run([sys.executable, "-m", "experiments.kernel_bench", *arguments], cwd=ROOT, text=True,
-                            capture_output=True, timeout=300)
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    typed = (("experiments.kernel_bench", *arguments) for arguments, _ in MISTAKES)
+    return commands(*typed, shared="experiments.running.flags")
+
+
+@pytest.mark.parametrize("place", range(len(MISTAKES)), ids=[fault for _, fault in MISTAKES])
+def test_a_mistake_ends_in_one_line(mistaken, place):
+    result = mistaken[place]
     assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith(f"error: {fault}") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"error: {MISTAKES[place][1]}") and len(result.stderr.splitlines()) == 1

@@ -2,14 +2,12 @@
 
 import csv
 import io
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from made_up_answers import write
 from rich.console import Console
+from typed import commands
 
 from experiments import speedup
 from experiments.answers.answer_files import AnswerFile
@@ -17,8 +15,6 @@ from experiments.benchmarks.registry import BENCHMARKS
 from experiments.display import tables
 from experiments.reporting import answer_runs, figures
 from specmq_jax.errors import UserError
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def rows(base, *others, common=False):
@@ -215,16 +211,15 @@ def test_a_wide_comparison_is_printed_in_parts(tmp_path):
     assert all(f"run{i}" in printed.getvalue() and f"{1 + i / 10:.2f}x" in printed.getvalue() for i in range(6))
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "experiments.speedup", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300)
-
-
 def test_the_command_writes_its_files(tmp_path):
     base = write(tmp_path / "base.jsonl", [10, 30])
     fast = write(tmp_path / "fast.jsonl", [30, 30], model_id="Tiny-fp16-spec")
-    result = command(f"--base={base}", f"--answers={fast}", f"--csv={tmp_path}/out.csv", f"--markdown={tmp_path}/out.md",
-                     f"--plot={tmp_path}/out.png")
+    answers = f"--answers={fast}"
+    typed = [[answers, f"--csv={tmp_path}/out.csv", f"--markdown={tmp_path}/out.md", f"--plot={tmp_path}/out.png"],
+             [answers, f"--csv={tmp_path}/none/out.csv"], [answers, "--benchmark=spec_bench"],
+             [answers, f"--plot={tmp_path}/out.txt"], [f"--answers={base}"]]
+    result, bad, tasks, odd, alone = commands(*(("experiments.speedup", f"--base={base}", *rest) for rest in typed),
+                                             shared="experiments.display.plots")
     assert result.returncode == 0, result.stderr
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
     assert ["fast", "30.0", "1.50x", "2.00x", "1.00 to 3.00", "1.00", "100%"] in cells
@@ -233,11 +228,7 @@ def test_the_command_writes_its_files(tmp_path):
     assert set(lines[1]) == {"|", "-"} and len(lines) == 2 + 4
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert [line["speedup"] for line in csv.DictReader((tmp_path / "out.csv").open())][-1] == "1.5"
-    bad = command(f"--base={base}", f"--answers={fast}", f"--csv={tmp_path}/none/out.csv")
     assert bad.returncode == 2 and "none/out.csv can't be written to; name another file with --csv=FILE" in bad.stderr
-    tasks = command(f"--base={base}", f"--answers={fast}", "--benchmark=spec_bench")
     assert "mt_bench" in tasks.stdout and "math" not in tasks.stdout
-    odd = command(f"--base={base}", f"--answers={fast}", f"--plot={tmp_path}/out.txt")
     assert odd.returncode == 2 and "must end in .png, .svg, .pdf" in odd.stderr
-    alone = command(f"--base={base}", f"--answers={base}")
     assert alone.returncode == 2 and "holds nothing but the base" in alone.stderr

@@ -3,16 +3,14 @@
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typed import commands
 
 from experiments.kernels import cases, problems, timing
 from experiments.kernels.cases import Case
@@ -23,7 +21,6 @@ from experiments.tune import Tables, run
 from pallas_kernels import launch
 from specmq_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = SHAPES["tiny"]
 SLOW = 4000
 
@@ -198,17 +195,24 @@ def test_a_damaged_table_is_named(package):
         run([problem("a")], Tables(None), Search())
 
 
-@pytest.mark.parametrize(("arguments", "fault"), [
+MISTAKES = [
     (["--ops=w4a16,w3"], "--ops names 'w3', which is not known; choose of w4a16"),
     (["--rows=1,x"], "--rows=1,x must list whole numbers above 0"),
     (["--group_sizes=48"], "--group_sizes names '48'"),
     ([], "tables are tuned on a GPU, and JAX sees none here"),
-])
-def test_a_mistake_ends_in_one_line(arguments, fault):
-    result = subprocess.run([sys.executable, "-m", "experiments.tune", *arguments], cwd=ROOT, text=True,
-                            capture_output=True, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    return commands(*(("experiments.tune", *arguments) for arguments, _ in MISTAKES), environment={"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("place", range(len(MISTAKES)), ids=[fault for _, fault in MISTAKES])
+def test_a_mistake_ends_in_one_line(mistaken, place):
+    result = mistaken[place]
     assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith(f"error: {fault}") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"error: {MISTAKES[place][1]}") and len(result.stderr.splitlines()) == 1
 
 
 def test_a_loop_makes_every_call_and_hands_on_what_is_updated_in_place():
