@@ -58,8 +58,8 @@ def check_attention(rows, implementation, sizes, dtype=jnp.float32, slots=SLOTS,
     stored = caches(max_len, **sizes, dtype=dtype, slots=max(slots) + 1)
     masks = [random_tree(rows, rng) for _ in slots]
     depths = [jnp.asarray(mask.sum(1) - 1, jnp.int32) for mask in masks]
-    words = [pack_mask(jnp.asarray(mask)) for mask in masks]
-    paths = [tree_paths(jnp.asarray(mask), depth) for mask, depth in zip(masks, depths, strict=True)]
+    words = [compiled(pack_mask, jnp.asarray(mask)) for mask in masks]
+    paths = [compiled(tree_paths, jnp.asarray(mask), depth) for mask, depth in zip(masks, depths, strict=True)]
     forms = {tree_attention: [words], ordered_attention: [depths, paths], causal_attention: []}
     exact = 1e-3 if dtype == jnp.float16 else 1e-6
     for function, of_rows in forms.items():
@@ -75,7 +75,7 @@ def check_attention(rows, implementation, sizes, dtype=jnp.float32, slots=SLOTS,
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_attention_of_each_sequence_is_its_own(rows, implementation):
     check_attention(rows, implementation, SIZES)
 

@@ -1,10 +1,13 @@
 """DraftTree: masks, and acceptance against a plain-Python walk."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from specmq_jax.decoding.tree import DraftTree
+
+from_parents = jax.jit(DraftTree.from_parents, static_argnames="max_depth")
 
 
 def random_tree(rng: np.random.Generator, size: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,12 +31,12 @@ def walk(tokens: np.ndarray, parent: np.ndarray, targets: np.ndarray) -> list[in
 
 @pytest.mark.parametrize("size", [1, 2, 7, 33, 60, 100])
 def test_accept_walks_to_the_child_that_carries_the_targets_token(size):
-    rng = np.random.default_rng(size)
+    rng, accept = np.random.default_rng(size), jax.jit(DraftTree.accept)
     for _ in range(10):
         tokens, parent = random_tree(rng, size, vocab=4)
         targets = rng.integers(0, 4, size).astype(np.int32)
-        tree = DraftTree.from_parents(jnp.asarray(tokens), jnp.asarray(parent), max_depth=size - 1)
-        accepted = tree.accept(jnp.asarray(targets))
+        tree = from_parents(jnp.asarray(tokens), jnp.asarray(parent), max_depth=size - 1)
+        accepted = accept(tree, jnp.asarray(targets))
         path = walk(tokens, parent, targets)
         assert int(accepted.count) == len(path)
         assert accepted.path[:len(path)].tolist() == path
@@ -44,7 +47,7 @@ def test_accept_walks_to_the_child_that_carries_the_targets_token(size):
 @pytest.mark.parametrize("size", [1, 5, 64, 100])
 def test_mask_holds_each_node_and_its_ancestors(size):
     tokens, parent = random_tree(np.random.default_rng(0), size, vocab=9)
-    tree = DraftTree.from_parents(jnp.asarray(tokens), jnp.asarray(parent), max_depth=size - 1)
+    tree = from_parents(jnp.asarray(tokens), jnp.asarray(parent), max_depth=size - 1)
     for node in range(size):
         ancestors, at = {node}, node
         while at:
@@ -57,7 +60,7 @@ def test_mask_holds_each_node_and_its_ancestors(size):
 def test_a_chain_is_the_tree_whose_parents_are_the_nodes_before():
     tokens = jnp.array([5, 1, 2, 3], jnp.int32)
     chain = DraftTree.chain(tokens)
-    tree = DraftTree.from_parents(tokens, jnp.array([0, 0, 1, 2], jnp.int32), max_depth=3)
+    tree = from_parents(tokens, jnp.array([0, 0, 1, 2], jnp.int32), max_depth=3)
     assert chain.mask.tolist() == tree.mask.tolist() and chain.depth.tolist() == tree.depth.tolist()
     accepted = chain.accept(jnp.array([1, 2, 9, 9], jnp.int32))
     assert int(accepted.count) == 3 and accepted.tokens[:3].tolist() == [1, 2, 9]

@@ -1,5 +1,6 @@
 """Sequences side by side, a single one and decoding give the same, under any mask, from modules that can be differentiated."""
 
+import functools
 import pathlib
 
 import jax
@@ -24,8 +25,13 @@ def dense_of(model):
 
 def logits_of(model, tokens, sequences):
     module, params = dense_of(model)
-    hidden, _, _ = module.apply(params, jnp.asarray(tokens).reshape(-1), sequences)
-    return module.apply(params, hidden, method="logits").reshape(*tokens.shape, -1)
+
+    @jax.jit
+    def score(params, tokens, sequences):
+        hidden, _, _ = module.apply(params, tokens, sequences)
+        return module.apply(params, hidden, method="logits")
+
+    return score(params, jnp.asarray(tokens).reshape(-1), sequences).reshape(*tokens.shape, -1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "w4a16-g32"])
@@ -68,9 +74,14 @@ def test_any_mask_is_the_one_a_tree_is_verified_with(tiny):
     positions = np.concatenate([np.arange(11), 11 + depth])
     sequences = Sequences.create(tiny.config, positions[None], mask[None], jnp.float32, limit=64)
     found = logits_of(tiny, np.concatenate([prompt, nodes])[None], sequences)[0, 11:]
-    _, _, cache = tiny.module.apply(tiny.params, prompt, tiny.new_cache(64))
-    hidden, _, _ = tiny.module.apply(tiny.params, nodes, cache.advance(11), depth, jnp.asarray(tree))
-    expected = tiny.module.apply(tiny.params, hidden, method="logits")
+
+    @jax.jit
+    def verified(params, cache):
+        _, _, cache = tiny.module.apply(params, prompt, cache)
+        hidden, _, _ = tiny.module.apply(params, nodes, cache.advance(11), depth, tree)
+        return tiny.module.apply(params, hidden, method="logits")
+
+    expected = verified(tiny.params, tiny.new_cache(64))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -96,17 +107,17 @@ def test_drafts_from_every_row_are_those_of_a_growing_chain(version):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 512, 20).astype(np.int32)
     states = jnp.asarray(rng.normal(size=(20, head.config.feature_size)), jnp.float32)
-    apply = lambda *arguments, **options: head.module.apply(head.params["head"], *arguments, **options)  # noqa: E731
+    apply = functools.partial(jax.jit(head.module.apply, static_argnames=("own", "skip")), head.params["head"])
     sequences = Sequences.causal(head.config.layer, 1, 20, jnp.float32, limit=64)
     found, feature = [], states
     for draft in range(4):
         following = np.pad(tokens[draft + 1:], (0, draft + 1))
         feature, sequences = apply(following, feature, sequences, draft, None, own=draft > 0)
         found.append(feature)
+    features, whole = apply(tokens[1:17], states[:16], head.new_cache(64), None, None, own=False)
+    np.testing.assert_allclose(found[0][:16], features, rtol=1e-3, atol=1e-3)
     for row in (0, 7, 15):
-        features, cache = apply(tokens[1:row + 2], states[:row + 1], head.new_cache(64), None, None, own=False)
-        np.testing.assert_allclose(found[0][row], features[-1], rtol=1e-3, atol=1e-3)
-        cache, feature = cache.rewind(row + 1), features[-1:]
+        cache, feature = whole.rewind(row + 1), features[row:row + 1]
         for draft in range(1, 4):
             feature, cache = apply(tokens[row + 1 + draft][None], feature, cache, jnp.array([draft - 1]),
                                    jnp.ones((1, draft), bool), own=True, skip=draft - 1)
@@ -119,14 +130,14 @@ def test_what_a_layer_multiplies_is_captured_and_only_where_it_is_asked_for(tiny
     variables = {"params": tiny.params["params"]["layers_1"]}
     sequence = Sequences.causal(config, 1, 12, jnp.float32)
     pass_ = rows, None, sequence.rows(config, 12), sequence.layers[0]
-    (_, behind, update, _), kept = layer.apply(variables, *pass_, mutable="intermediates")
+    (_, behind, update, _), kept = jax.jit(functools.partial(layer.apply, mutable="intermediates"))(variables, *pass_)
     found = {name: part["inputs"][0] for half in kept["intermediates"].values() for name, part in half.items()}
     assert {name: part.shape[1] for name, part in found.items()} == {"qkv": 64, "o": 64, "gate_up": 64, "down": 96}
     weight = variables["params"]["mlp"]["down"]["w"].values
     np.testing.assert_allclose(update[0], found["down"] @ weight, rtol=1e-4, atol=1e-4)
     weight = variables["params"]["attention"]["o"]["w"].values
     np.testing.assert_allclose(behind - rows, found["o"] @ weight, rtol=1e-4, atol=1e-4)
-    assert len(layer.apply(variables, *pass_)) == 4  # the outputs alone
+    assert len(jax.eval_shape(layer.apply, variables, *pass_)) == 4  # the outputs alone
 
 
 def test_the_reference_can_be_differentiated(tiny):
