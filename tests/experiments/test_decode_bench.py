@@ -138,7 +138,7 @@ def test_a_hierarchys_bytes_count_every_round_and_every_pass_of_its_small_model(
     assert decoder.bytes_per_round(10, inner_rounds=3, ahead=1) == one + 2 * inner + ahead
 
 
-@pytest.mark.parametrize("method", ["eagle2", "hier"])
+@pytest.mark.parametrize("method", [pytest.param("eagle2", marks=pytest.mark.slow), "hier"])
 def test_each_run_begins_where_the_first_began_and_drafts_change_no_token(target, method):
     config = sm.DecodeConfig(max_len=128)
     decoder = sm.Decoder(target, DRAFTING.drafter(method, target), config)

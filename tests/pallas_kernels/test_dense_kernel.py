@@ -52,7 +52,7 @@ def check_bits(inner: int, columns: int, transposed: bool, dtype, config: Config
 
 @pytest.mark.parametrize("implementation", EXACT)
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_a_row_has_the_same_bits_among_any_others(dtype, transposed, implementation):
     check_bits(200, 72, transposed, dtype, Config(block_n=32, block_k=32, split_k=2), implementation)
 

@@ -126,7 +126,7 @@ def test_a_hierarchys_rounds_are_told_from_what_its_parts_do(bench, small_ranks,
         assert abs(count.inner_rounds - len(real.draft_accept_lengths)) <= length
 
 
-@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_chains_rounds_are_told_from_the_models_agreement(bench, length):
     drafter = bench.drafter("spec", Choice(method="spec", draft_length=length))
     made = study(bench)

@@ -27,7 +27,7 @@ def greedy_by_full_passes(model, prompt, count):
 
 
 def test_plain_decoding_equals_repeated_full_forward_passes(tiny, plain):
-    assert plain.generate(PROMPTS[0], 5).tokens.tolist() == greedy_by_full_passes(tiny, PROMPTS[0], 5)
+    assert plain.generate(PROMPTS[0], 3).tokens.tolist() == greedy_by_full_passes(tiny, PROMPTS[0], 3)
 
 
 def test_every_token_of_plain_decoding_is_the_best_of_a_full_forward_pass(tiny, plain):
@@ -36,7 +36,7 @@ def test_every_token_of_plain_decoding_is_the_best_of_a_full_forward_pass(tiny, 
         assert sm.logits(tiny, prompt + tokens)[len(prompt) - 1:-1].argmax(-1).tolist() == tokens
 
 
-@pytest.mark.parametrize("length", [1, 4, 7])
+@pytest.mark.parametrize("length", [1, 4, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_chain_drafter_changes_no_token(tiny, tiny_draft, plain, length):
     decoder = sm.Decoder(tiny, sm.ChainDrafter(tiny_draft, length), sm.DecodeConfig(max_len=256))
     accept_lengths = []
@@ -50,7 +50,8 @@ def test_a_chain_drafter_changes_no_token(tiny, tiny_draft, plain, length):
 
 
 @pytest.mark.parametrize(("size", "skill"), [
-    (1, 1.0), (2, 1.0), (7, 0.9), pytest.param(33, 0.7, marks=pytest.mark.slow), (60, 0.9), (100, 0.8)])
+    (1, 1.0), (7, 0.9), (100, 0.8),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1.0), (33, 0.7), (60, 0.9)))])
 def test_a_tree_drafter_of_any_size_changes_no_token(tiny, plain, size, skill):
     for seed, prompt in enumerate(PROMPTS[:6:3]):
         expected = plain.generate(prompt, NEW).tokens
@@ -61,7 +62,7 @@ def test_a_tree_drafter_of_any_size_changes_no_token(tiny, plain, size, skill):
         assert size == 1 or found.accept_lengths.max() > 1
 
 
-@pytest.mark.parametrize("length", [4, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [2, *(pytest.param(length, marks=pytest.mark.slow) for length in (4, 7))])
 def test_a_stop_token_cuts_the_output_wherever_it_stands_in_an_accepted_run(tiny, plain, length):
     prompt = PROMPTS[4]
     expected = plain.generate(prompt, NEW).tokens.tolist()
@@ -133,16 +134,16 @@ def test_sampled_speculation_draws_the_tokens_that_plain_sampling_draws(tiny, ti
     plain = sm.Decoder(tiny, config=config)
     decoder = sm.Decoder(tiny, sm.ChainDrafter(tiny_draft, 4), config)
     outputs = set()
-    for seed, prompt in enumerate(PROMPTS):
+    for seed, prompt in enumerate(PROMPTS[::2]):
         expected = plain.generate(prompt, NEW, seed=seed).tokens.tolist()
         assert decoder.generate(prompt, NEW, seed=seed).tokens.tolist() == expected
         assert [t for part in decoder.stream(prompt, NEW, seed=seed) for t in part] == expected
         outputs.add(tuple(expected))
-    assert len(outputs) == len(PROMPTS)
+    assert len(outputs) == len(PROMPTS[::2])
 
 
 def test_sampled_speculation_has_the_targets_distribution():
-    vocab, prompt, draws = 7, [3, 1, 4], 1500
+    vocab, prompt, draws = 5, [3, 1, 4], 750
     model = sm.random_model(tiny_config(vocab_size=vocab, num_layers=1), "fp32", seed=3)
     sampling = sm.Sampling(temperature=1.5)
     decoder = sm.Decoder(model, sm.ChainDrafter(model.with_precision("w4a16-g32"), 3),

@@ -36,7 +36,7 @@ def test_a_dynamic_model_that_drafts_for_itself_is_always_right(dynamic):
     assert set(found.accept_lengths.tolist()) == {4}
 
 
-@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("start", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_dynamic_model_between_its_head_and_itself_is_always_right(dynamic, head, start):
     decoder = sm.Decoder(dynamic, sm.HierarchicalDrafter(dynamic, sm.EagleDrafter(head, TREE), 3, start),
                          sm.DecodeConfig(max_len=120))

@@ -17,7 +17,7 @@ SAMPLING = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "top_k": 7
             {"temperature": 0.9, "top_p": 0.7, "seed": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "seed": 6},
             {"logit_bias": {3: 2.5, 17: -4.0}}, {"min_tokens": 6}]
 DRAFTERS = ("none", "chain", "eagle", "hierarchical")
-FAST = (*DRAFTERS[:3], pytest.param("hierarchical", marks=pytest.mark.slow))
+FAST = ("none", "eagle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "hierarchical")))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,12 @@ def check(engine, alone, asked, seed):
 
 @pytest.fixture(scope="module")
 def pairs(target, drafters):
-    """An engine of three slots for each drafter, and what its requests are compared with."""
+    """An engine of two slots for each drafter, and what its requests are compared with."""
     found = {}
 
     def pair(name):
         if name not in found:
-            found[name] = sm.Engine(target, drafters[name], CONFIG, slots=3), Alone(target, drafters[name])
+            found[name] = sm.Engine(target, drafters[name], CONFIG, slots=2), Alone(target, drafters[name])
         return found[name]
 
     yield pair
@@ -168,7 +168,7 @@ def test_requests_of_several_threads_are_all_answered(pairs):
 
 
 def test_everything_is_compiled_by_warm_up(target):
-    with sm.Engine(target, config=CONFIG, slots=3) as engine:
+    with sm.Engine(target, config=CONFIG, slots=2) as engine:
         before = engine.submit([5, 6, 7, 8, 9], 40)
         engine.step()
         engine.warm_up()  # answers what was asked before, and leaves nothing in its slot to go on behind
@@ -180,9 +180,9 @@ def test_everything_is_compiled_by_warm_up(target):
             asked = {"prompt_ids": ticket.request.prompt.tolist(), "max_new_tokens": most, "stop_tokens": []}
             assert ticket.result().tokens.tolist() == alone.tokens(asked)
         functions = engine._run, engine._take_in, engine._admit
-        assert engine.buckets == (1, 2, 3)
+        assert engine.buckets == (1, 2)
         before = [function._cache_size() for function in functions]
-        assert before == [2 * 3, 1, 2 + 1]  # a prompt that draws or not, two that don't
+        assert before == [2 * 2, 1, 2 + 1]  # a prompt that draws or not, two that don't
         for temperature in (0.0, 0.5):
             engine.generate([request["prompt_ids"] for request in requests(5)], 12, temperature=temperature)
         assert [function._cache_size() for function in functions] == before

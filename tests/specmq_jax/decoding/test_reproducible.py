@@ -13,6 +13,7 @@ import specmq_jax as sm
 from pallas_kernels.norm import api as norm_kernels
 from specmq_jax.decoding.tree import DraftTree
 
+from_parents = jax.jit(DraftTree.from_parents, static_argnames="max_depth")
 TREE = sm.TreeConfig(depth=2, top_k=3, size=6)
 CONFIG = sm.DecodeConfig(max_len=256, prefill_chunks=(32,), reproducible=True)
 LENGTHS = (62, 63, 64, 65, 66, 126, 127, 128, 129, 130, 500)
@@ -38,7 +39,7 @@ def plain():
     return made
 
 
-@pytest.mark.parametrize("method", ["chain", "eagle2", "eagle3", "hierarchical"])
+@pytest.mark.parametrize("method", ["chain", "eagle2", pytest.param("eagle3", marks=pytest.mark.slow), "hierarchical"])
 def test_every_method_gives_the_plain_output(plain, method):
     version = 3 if method == "eagle3" else 2
     target, expected = plain(version)
@@ -100,7 +101,7 @@ def tree_around(path_tokens, size, vocab, rng):
     for i in range(1, size):
         parent[i] = nodes[nodes.index(i) - 1] if i in nodes else rng.integers(max(0, i - 5), i)
     tokens[nodes] = path_tokens
-    return DraftTree.from_parents(jnp.asarray(tokens), jnp.asarray(parent), max_depth=size - 1), nodes
+    return from_parents(jnp.asarray(tokens), jnp.asarray(parent), max_depth=size - 1), nodes
 
 
 def check_bits(target, lengths):
@@ -153,14 +154,15 @@ class States(Target):
 
 @pytest.mark.parametrize(("precision", "sizes"), [
     *((precision, {}) for precision in ("w8a8", "w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq", "w4a8-qoq-g128")),
-    ("w8a8", DEMO), ("w4a8-qoq", DEMO)], ids=lambda value: value if isinstance(value, str) else str(len(value)))
+    ("w8a8", DEMO), pytest.param("w4a8-qoq", DEMO, marks=pytest.mark.slow)],
+    ids=lambda value: value if isinstance(value, str) else str(len(value)))
 def test_a_nodes_states_have_the_bits_of_plain_decoding_where_a_cpu_rounds_activations(precision, sizes):
     target = States(precision, **sizes)
     assert target.module.format.rounds_activations
     check_bits(target, (62, 130))
 
 
-@pytest.mark.parametrize("columns", [64, 65, 576, 4096])
+@pytest.mark.parametrize("columns", [65, 4096, *(pytest.param(columns, marks=pytest.mark.slow) for columns in (64, 576))])
 def test_a_rows_norm_has_the_same_bits_beside_any_rows(columns):
     rng = np.random.default_rng(columns)
     rows, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, columns), (columns,)))

@@ -7,7 +7,7 @@ from fakes import DATA
 
 import specmq_jax as sm
 
-METHODS = ("plain", "chain", "eagle2", "eagle3", "hierarchical")
+METHODS = ("plain", "chain", pytest.param("eagle2", marks=pytest.mark.slow), "eagle3", "hierarchical")
 TREE = sm.TreeConfig(depth=2, top_k=3, size=6)
 CONFIG = sm.DecodeConfig(max_len=256, prefill_chunks=(16, 64))
 

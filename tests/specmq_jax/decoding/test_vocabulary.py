@@ -30,20 +30,20 @@ GREEDY, SAMPLED = sm.Greedy(), sm.Sampling(temperature=0.9, top_k=50)
 
 
 @pytest.mark.parametrize(("size", "hierarchical", "sampling"), [
-    (16, False, SAMPLED), (200, False, GREEDY), (200, True, GREEDY),
+    (16, False, SAMPLED), (200, True, GREEDY),
     *(pytest.param(*case, marks=pytest.mark.slow)
-      for case in ((16, False, GREEDY), (200, False, SAMPLED), (200, True, SAMPLED)))])
+      for case in ((16, False, GREEDY), (200, False, GREEDY), (200, False, SAMPLED), (200, True, SAMPLED)))])
 def test_a_cut_vocabulary_changes_no_token(base, head, size, hierarchical, sampling):
     config = sm.DecodeConfig(max_len=128, sampling=sampling)
     plain = sm.Decoder(base, config=config)
-    expected = [plain.generate(prompt, 24, seed=seed).tokens.tolist() for seed, prompt in enumerate(prompts(10))]
+    expected = [plain.generate(prompt, 24, seed=seed).tokens.tolist() for seed, prompt in enumerate(prompts())]
     ranked = vocabulary.rank(expected[:3], base.config.vocab_size)
     drafter = sm.EagleDrafter(vocabulary.cut_vocabulary(head, ranked, size), TREE)
     if hierarchical:
         drafter = sm.HierarchicalDrafter(base, drafter, 3)
     decoder = sm.Decoder(base, drafter, config)
     lengths = []
-    for seed, (prompt, tokens) in enumerate(zip(prompts(10), expected, strict=True)):
+    for seed, (prompt, tokens) in enumerate(zip(prompts(), expected, strict=True)):
         found = decoder.generate(prompt, 24, seed=seed)
         assert found.tokens.tolist() == tokens
         assert [t for part in decoder.stream(prompt, 24, seed=seed) for t in part] == tokens
