@@ -33,6 +33,7 @@ class Answer:
       cut: why turns are missing, None where none is.
       decoding_steps: rounds of each turn; empty in files of other programs.
       model_id: what answered; empty in files of programs that don't say.
+      slots: questions that were answered side by side; the times of more than one are no single-stream times.
     """
 
     question_id: int | str
@@ -48,11 +49,12 @@ class Answer:
     cut: str | None
     decoding_steps: tuple[int, ...] = ()
     model_id: str = ""
+    slots: int = 1
 
     @property
     def speed(self) -> float | None:
-        """Tokens/s, as `metrics.speed` has it."""
-        return metrics.speed(self.new_tokens, self.wall_time)
+        """Tokens/s, as `metrics.speed` has it; None among other questions, whose time it shares."""
+        return metrics.speed(self.new_tokens, self.wall_time) if self.slots == 1 else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Turn:
     text: str
 
 
-def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str | None) -> dict[str, Any]:
+def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str | None, slots: int = 1) -> dict[str, Any]:
     """The JSON object of one question; each list has one entry a turn, but for the accept lengths, which join them."""
     made = [turn.generation for turn in turns]
     new_tokens = [len(g.tokens) for g in made]
@@ -78,11 +80,12 @@ def record(question: Question, turns: Sequence[Turn], *, model_id: str, cut: str
         "wall_time": [g.seconds for g in made],
         "accept_lengths": [int(length) for g in made for length in g.accept_lengths],
         "draft_accept_lengths": [int(length) for g in made for length in g.draft_accept_lengths],
-        "generate_speed": [metrics.speed([count], [g.seconds]) for count, g in zip(new_tokens, made, strict=True)],
+        "generate_speed": [metrics.speed([count], [g.seconds]) if slots == 1 else None
+                           for count, g in zip(new_tokens, made, strict=True)],
         "prefill_time": [g.prefill_seconds for g in made],
         "draft_prefill_time": [g.draft_prefill_seconds for g in made],
         "cut": cut,
-    }
+    } | ({"slots": slots} if slots > 1 else {})
     return {"question_id": question.id, "category": question.category, "answer_id": uuid.uuid4().hex,
             "model_id": model_id, "tstamp": time.time(), "choices": [choice]}
 
@@ -113,7 +116,7 @@ def parse(line: str | bytes, place: str) -> Answer:
             accept_lengths=fields.list("accept_lengths", "whole numbers", _is_count),
             draft_accept_lengths=fields.list("draft_accept_lengths", "whole numbers", _is_count, None),
             decoding_steps=fields.list("decoding_steps", "whole numbers", _is_count, turns), cut=choice.get("cut"),
-            model_id=str(found.get("model_id", "")))
+            model_id=str(found.get("model_id", "")), slots=choice.get("slots", 1))
     except KeyError as error:
         raise UserError(f"{place}: no answer of this format, {error.args[0]!r} is missing") from None
     except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -128,6 +131,8 @@ def _check(answer: Answer, place: str) -> None:
         raise UserError(f"{place}: no answer of this format, question_id must be a number or a text, and category a text")
     if answer.token_ids and not answer.texts:
         raise UserError(f"{place}: no answer of this format, 'turns' is missing beside 'token_ids'")
+    if not _is_count(answer.slots) or answer.slots < 1:
+        raise UserError(f"{place}: no answer of this format, 'slots' must be a whole number above 0")
     if not isinstance(answer.cut, str | None):
         raise UserError(f"{place}: no answer of this format, 'cut' must be a text or null")
     if not answer.new_tokens or len(answer.new_tokens) != len(answer.wall_time) or not (

@@ -14,6 +14,8 @@ _TEXTS = ("device", "jax", "precision")
 _NUMBERS = ("max_length", "phase_prompt_tokens", "live_length", "bytes_per_round")
 _FIGURES = ("device_bandwidth", "prefill", "draft", "verify", "round")
 """Null where they could not be measured."""
+_NUMBERS_OF_SLOTS, _FIGURES_OF_SLOTS = ("max_length", "slots"), ("throughput",)
+"""The same of questions that were answered side by side."""
 _LARGEST = 10**18
 """Of whole numbers, so that they can become a float."""
 _PLACE = ("question_id", "turn", "position", "tokens", "top_two")
@@ -72,9 +74,10 @@ def _is_measured(value: Any) -> bool:
     """Whether the value holds all that a report reads of it."""
     if not isinstance(value, dict) or not all(isinstance(value[key], str) for key in _TEXTS):
         return False
-    if not all(_is_number(value[key]) for key in _NUMBERS):
+    numbers, figures = (_NUMBERS_OF_SLOTS, _FIGURES_OF_SLOTS) if "slots" in value else (_NUMBERS, _FIGURES)
+    if not all(_is_number(value[key]) for key in numbers):
         return False
-    if not all(value[key] is None or _is_number(value[key]) for key in _FIGURES):
+    if not all(value[key] is None or _is_number(value[key]) for key in figures):
         return False
     differences = value.get("differences", [])
     return isinstance(differences, list) and all(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import specmq_jax as sm
+from specmq_jax.decoding.tickets import rounds_until
 
 _ROUNDS = 16
 """Between two looks at the text: few enough to waste little behind the string, many enough to hide the visit to the host."""
@@ -47,7 +48,7 @@ def generate(decoder: sm.Decoder, prompt_ids: Sequence[int], max_new_tokens: int
         if end is not None or bool(state.done):
             break
         seconds, rounds, inner = seconds + elapsed, len(accept_lengths), len(inner_lengths)
-    kept = len(accept_lengths) if end is None else _rounds_until(end, accept_lengths)
+    kept = len(accept_lengths) if end is None else rounds_until(end, accept_lengths)
     share = (kept - rounds) / max(len(accept_lengths) - rounds, 1) if end is not None else 1.0
     kept_inner = inner + round(share * (len(inner_lengths) - inner))
     stopped = end is None and (int(state.length) < int(state.limit) or int(tokens[-1]) in decoder.config.stop_tokens)
@@ -72,8 +73,3 @@ def cut(text: str, strings: Sequence[str]) -> str:
     """The text before the first of the strings."""
     places = [place for string in strings if (place := text.find(string)) >= 0]
     return text[:min(places)] if places else text
-
-
-def _rounds_until(count: int, accept_lengths: np.ndarray) -> int:
-    """The rounds, one at least, that committed this many tokens; the first token comes before all rounds."""
-    return max(1, 1 + int(np.searchsorted(1 + np.cumsum(accept_lengths), count)))

@@ -60,8 +60,8 @@ def summarise(settings: Settings, results: Sequence[Result]) -> dict[str, Any]:
     return {
         "device": measured["device"], "jax": measured["jax"],
         "python": platform.python_version(), "model": settings.models.target_name, "precision": measured["precision"],
-        "reproducible": settings.reproducible, "max_length": measured["max_length"],
-        "prefill_tokens": measured["phase_prompt_tokens"], "max_new_tokens": settings.max_new_tokens,
+        "reproducible": settings.reproducible, "max_length": measured["max_length"], "slots": settings.slots,
+        "prefill_tokens": measured.get("phase_prompt_tokens"), "max_new_tokens": settings.max_new_tokens,
         "sampling": _words(settings.sampling), "benchmark": settings.benchmark.title, "questions": len(results[0].answers),
         "turns": sum(len(answer.new_tokens) for answer in results[0].answers),
         "question_file": settings.question_file.name,
@@ -76,7 +76,8 @@ def print_table(summary: Summary, console: Console) -> None:
     say(console, f"{summary['device']} | jax {summary['jax']}, Python {summary['python']}\n{summary['model']} at "
         f"{summary['precision']}, cache of {summary['max_length']} tokens | {count(summary['questions'], 'question')}, "
         f"{count(summary['turns'], 'turn')} of {count(summary['max_new_tokens'], 'token')} at most "
-        f"({summary['question_file']}), {summary['sampling']}")
+        f"({summary['question_file']}), {summary['sampling']}"
+        + (f" | {summary['slots']} questions side by side: tokens/s of all together" if summary["slots"] > 1 else ""))
     figures = summary["methods"]
     bars = _LABEL_WIDTH + _BAR_COLUMN_WIDTH * len(figures) <= console.width
     rows = _rows(summary, bars)
@@ -166,8 +167,12 @@ def _figures(result: Result, base: Result | None, chosen: Mapping[str, Any] | No
     histogram = metrics.accept_histogram(accepted).tolist()
     differences = measured.get("differences", ()) if base else ()
     drafts = (chosen["method"] if chosen else result.method) != "baseline"
+    speed, speedup = beside.tokens_per_second, beside.speedup
+    if "throughput" in measured:
+        speed, speedup = measured["throughput"], metrics.ratio(measured["throughput"], base and base.measured["throughput"])
+    traffic = measured.get("bytes_per_round")
     return {
-        "chosen": chosen, "tokens_per_second": beside.tokens_per_second, "speedup": beside.speedup if base else None,
+        "chosen": chosen, "tokens_per_second": speed, "speedup": speedup if base else None,
         "mean_accept_length": beside.accept_length,
         "mean_draft_accept_length": metrics.mean_accept_length(inner) if inner else None,
         "accept_histogram": histogram, "depth_acceptance": _depth_acceptance(histogram),
@@ -175,10 +180,10 @@ def _figures(result: Result, base: Result | None, chosen: Mapping[str, Any] | No
         "identical_share": beside.identical_share if base else None, "differences": len(differences),
         "largest_gap": max((entry["gap"] for entry in differences), default=None),
         "stray_differences": sum(not entry["top_two"] for entry in differences),
-        "prefill_time": measured["prefill"], "draft_time": measured["draft"] if drafts else None,
-        "verify_time": measured["verify"], "round_time": measured["round"], "bytes_per_round": measured["bytes_per_round"],
-        "achieved_bandwidth": measured["bytes_per_round"] * len(accepted) / seconds if accepted and seconds else None,
-        "device_bandwidth": measured["device_bandwidth"],
+        "prefill_time": measured.get("prefill"), "draft_time": measured.get("draft") if drafts else None,
+        "verify_time": measured.get("verify"), "round_time": measured.get("round"), "bytes_per_round": traffic,
+        "achieved_bandwidth": traffic * len(accepted) / seconds if traffic and accepted and seconds else None,
+        "device_bandwidth": measured.get("device_bandwidth"),
         "new_tokens": sum(sum(answer.new_tokens) for answer in found), "wall_time": seconds,
         "categories": {category: metrics.mean_speed(answer.speed for answer in group)
                        for category, group in by_category(found).items()},

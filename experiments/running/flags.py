@@ -103,6 +103,9 @@ _ANSWER_FILE = flags.DEFINE_string(
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Where answers, summary.json and plot.png go. Default: results/EXPERIMENT-MODEL, with the names of "
     "--precision and --question_file behind it if given.")
+_SLOTS = flags.DEFINE_integer(
+    "slots", 1, "Questions that are answered side by side in one loop. Above 1 the answers' throughput is measured, prompts "
+    "included, and no speed of a single stream.", lower_bound=1)
 _RESUME = flags.DEFINE_bool(
     "resume", True, "Go on with answers found in the output directory, if made with the same settings; --noresume "
     "replaces them.")
@@ -147,8 +150,10 @@ def settings(experiment: str, *, default: Sequence[str] | None = None, offered: 
         reproducible=_REPRODUCIBLE.value,
         output_dir=pathlib.Path(_OUTPUT_DIR.value or _default_directory(experiment, models)),
         answer_file=pathlib.Path(_ANSWER_FILE.value) if _ANSWER_FILE.value else None, resume=_RESUME.value,
-        benchmark=benchmark)
+        slots=_SLOTS.value, benchmark=benchmark)
     _check_drafts(models, made.max_length)
+    if made.slots > 1 and methods.AUTO in chosen:
+        raise UserError(f"method auto chooses what decodes a single stream fastest; name a method beside --slots={made.slots}")
     return made
 
 

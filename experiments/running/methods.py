@@ -153,13 +153,13 @@ class Workbench:
                             min_draft_length=models.min_draft_length)
         return METHODS[method].drafter(self, choice)
 
-    def plan(self, methods: Sequence[str]) -> Plan:
-        """The device memory that the decoders of these methods take together.
+    def plan(self, methods: Sequence[str], slots: int = 1) -> Plan:
+        """The device memory that the decoders of these methods take together, each of so many sequences.
 
         Raises:
           UserError: what a method drafts with can't be read, or doesn't fit the target.
         """
-        return plan(self.target, [self.drafter(method) for method in methods], self.config)
+        return plan(self.target, [self.drafter(method) for method in methods], self.config, slots=slots)
 
     @functools.cached_property
     def small_model(self) -> sm.Model:

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -14,19 +15,18 @@ from rich.console import Console
 import specmq_jax as sm
 from experiments.answers import answer_files, answer_format, comparison
 from experiments.answers.answer_files import AnswerFile
-from experiments.answers.answer_format import Answer, Turn
+from experiments.answers.answer_format import Answer
 from experiments.answers.scoring import Score
-from experiments.benchmarks import stop_strings
-from experiments.benchmarks.benchmark import MT_BENCH, Bench, Benchmark
+from experiments.benchmarks.benchmark import MT_BENCH, Bench
 from experiments.display.lines import say
 from experiments.inputs import questions
 from experiments.inputs.questions import Question
 from experiments.running import claims, methods
 from experiments.running.contents import Contents
+from experiments.running.desk import Desk, Dialogue
 from experiments.running.progress import ANSWERING, Reporter, progress
 from experiments.running.settings import Settings
 from experiments.timing import device
-from specmq_jax import tokenizer as tokens
 from specmq_jax.decoding.costs.traffic import rounds_ahead
 from specmq_jax.decoding.sampling import Greedy
 from specmq_jax.errors import UserError
@@ -40,25 +40,6 @@ class Show(Protocol):
     """How a method's progress is shown, as `progress` does."""
 
     def __call__(self, console: Console, method: str, *, total: int, done: int) -> AbstractContextManager[Reporter]: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Desk:
-    """A bench as one benchmark uses it."""
-
-    bench: Bench
-    benchmark: Benchmark
-
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self.benchmark.encode(self.bench, messages)
-
-    def answer(self, decoder: sm.Decoder, prompt: Sequence[int], max_new_tokens: int) -> Turn:
-        if self.benchmark.stop_strings:
-            generation = stop_strings.generate(decoder, prompt, max_new_tokens, self.benchmark.stop_strings,
-                                               lambda ids: tokens.decode(self.bench.tokenizer, ids))
-        else:
-            generation = decoder.generate(prompt, max_new_tokens=max_new_tokens)
-        return Turn(prompt_tokens=len(prompt), generation=generation, text=self.benchmark.text(self.bench, generation))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +68,7 @@ def load(settings: Settings, *, only_outline: bool = False) -> methods.Workbench
 
 def plan(settings: Settings, needed: Sequence[str]) -> Plan:
     """The device memory that running the methods `needed` takes, from shapes alone."""
-    return load(settings, only_outline=True).plan(needed)
+    return load(settings, only_outline=True).plan(needed, settings.slots)
 
 
 def run(settings: Settings, *, load: Callable[[Settings], Bench] = load,
@@ -137,13 +118,14 @@ def _run(settings: Settings, asked: Sequence[Question], load: Callable[[Settings
         say(console, memory.describe())
         memory.check()
         bench = load(settings)
-        desk = _Desk(bench=bench, benchmark=settings.benchmark)
+        desk = Desk(bench=bench, benchmark=settings.benchmark)
         _check_first_turns(asked, desk)
         # every drafter is loaded, and may turn out not to fit, before the first question
         decoders = {method: bench.decoder(method) for method in needed}
         for method, decoder in decoders.items():
             if not files[method].measured:
-                _run_method(settings, method, decoder, asked, files[method], desk, console, show)
+                answer = _run_method if settings.slots == 1 else _run_side_by_side
+                answer(settings, method, decoder, asked, files[method], desk, console, show)
             for file in _differing(settings, files):
                 found = comparison.measure(file.found, files["baseline"].found, asked, desk.encode, decoder.next_logits)
                 file.finish({**file.measured, "differences": found})
@@ -166,21 +148,15 @@ def _differing(settings: Settings, files: Mapping[str, AnswerFile]) -> list[Answ
 
 
 def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
-                desk: _Desk, console: Console, show: Show) -> None:
+                desk: Desk, console: Console, show: Show) -> None:
     resumed = bool(file.found)
     waiting = [question for question in asked if question.id not in file.answered]
     with show(console, method, total=len(asked), done=len(file.found)) as reporter:
         reporter.doing("compiling")
         _warm_up(decoder, desk, asked, settings.max_new_tokens)
         reporter.doing(ANSWERING)
-        file.start()
-        # a model that bears another name by now is the same one
-        model_id = file.model_id or f"{settings.models.target_name}-{desk.bench.precision}-{method}"
-        for question in waiting:
-            turns, cut = _converse(decoder, desk, question, settings.max_new_tokens)
-            reporter.answered(file.append(answer_format.record(question, turns, model_id=model_id, cut=cut)))
-            if cut:
-                reporter.note(f"question {question.id} ends early: {cut}")
+        _keep(settings, method, file, desk, reporter,
+              (desk.converse(decoder, question, settings.max_new_tokens) for question in waiting))
         reporter.doing("timing the phases of a round")
         # how fast the device was while a former run answered is not known
         bandwidth = None if resumed else device.device_bandwidth()
@@ -188,57 +164,76 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
         reporter.doing("done")
 
 
-def _converse(decoder: sm.Decoder, desk: _Desk, question: Question, max_new_tokens: int
-              ) -> tuple[list[Turn], str | None]:
-    """The turns of one dialogue, and why some are missing, if any are."""
-    turns: list[Turn] = []
-    for _ in question.turns:
-        prompt = desk.encode(question.messages([turn.text for turn in turns]))
-        if turns and len(prompt) >= desk.bench.max_length:
-            return turns, (f"turn {len(turns) + 1} has a prompt of {count(len(prompt), 'token')}, the cache holds "
-                           f"{desk.bench.max_length}")
-        turns.append(desk.answer(decoder, prompt, max_new_tokens))
-    return turns, None
+def _run_side_by_side(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
+                      desk: Desk, console: Console, show: Show) -> None:
+    """Of a batch's method the throughput alone is measured, prompts included, and only where no former run answered a part."""
+    resumed = bool(file.found)
+    waiting = [question for question in asked if question.id not in file.answered]
+    with show(console, method, total=len(asked), done=len(file.found)) as reporter, sm.Engine(
+            decoder.target, decoder.drafter, decoder.config, slots=settings.slots) as engine:
+        reporter.doing("compiling")
+        engine.warm_up(draws=not isinstance(settings.sampling, Greedy))
+        reporter.doing(ANSWERING)
+        start = time.perf_counter()
+        _keep(settings, method, file, desk, reporter, desk.converse_side_by_side(engine, waiting, settings.max_new_tokens))
+        seconds = time.perf_counter() - start
+        made = sum(sum(answer.new_tokens) for answer in file.found)
+        file.finish({**_circumstances(desk), "slots": settings.slots, "throughput": None if resumed else made / seconds})
+        reporter.doing("done")
 
 
-def _first_prompt(question: Question, desk: _Desk) -> list[int]:
-    return desk.encode(question.messages([]))
+def _keep(settings: Settings, method: str, file: AnswerFile, desk: Desk, reporter: Reporter, dialogues: Iterable[Dialogue]
+          ) -> None:
+    """Writes each answer as soon as it is there."""
+    file.start()
+    # a model that bears another name by now is the same one
+    model_id = file.model_id or f"{settings.models.target_name}-{desk.bench.precision}-{method}"
+    for dialogue in dialogues:
+        made = answer_format.record(dialogue.question, dialogue.turns, model_id=model_id, cut=dialogue.cut,
+                                    slots=settings.slots)
+        reporter.answered(file.append(made))
+        if dialogue.cut:
+            reporter.note(f"question {dialogue.question.id} ends early: {dialogue.cut}")
 
 
-def _check_first_turns(asked: Sequence[Question], desk: _Desk) -> None:
+def _check_first_turns(asked: Sequence[Question], desk: Desk) -> None:
     for question in asked:
-        length = len(_first_prompt(question, desk))
+        length = len(desk.first_prompt(question))
         if length >= desk.bench.max_length:
             raise UserError(f"the first turn of question {question.id!r} has {length} tokens, the cache holds "
                             f"{desk.bench.max_length} with at least one new token; raise --max_length (at most the model's "
                             "own limit) or leave the question out")
 
 
-def _warm_up(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], max_new_tokens: int) -> None:
+def _warm_up(decoder: sm.Decoder, desk: Desk, asked: Sequence[Question], max_new_tokens: int) -> None:
     """Compiles whatever the questions will need."""
     longest = max(sum(len(desk.encode([{"role": "user", "content": said}])) for said in question.turns)
                   + (len(question.turns) - 1) * max_new_tokens for question in asked)
-    prompt = _first_prompt(asked[0], desk)
+    prompt = desk.first_prompt(asked[0])
     room = desk.bench.max_length - 2
     for shorter, length in zip((0, *decoder.prefill_chunks), decoder.prefill_chunks, strict=False):
         if shorter < min(longest, room):
             decoder.generate((prompt * length)[:min(length, room)], max_new_tokens=2)
 
 
-def _measure(decoder: sm.Decoder, desk: _Desk, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float | None
+def _measure(decoder: sm.Decoder, desk: Desk, asked: Sequence[Question], found: Sequence[Answer], bandwidth: float | None
              ) -> dict[str, Any]:
     """What a report needs beside the answers: seconds of the phases, bytes of a round, the device and the versions."""
-    prompt = _first_prompt(asked[0], desk)[:desk.bench.max_length // 2]
+    prompt = desk.first_prompt(asked[0])[:desk.bench.max_length // 2]
     phases = decoder.phase_times(prompt)
     live_length = round(statistics.fmean(length + new / 2 for answer in found
                                          for length, new in zip(answer.prompt_tokens, answer.new_tokens, strict=True)))
     inner = inner_work(found, decoder.drafter) if any(answer.draft_accept_lengths for answer in found) else {}
     return {
-        "device": device.device_name(), "device_bandwidth": bandwidth, "jax": jax.__version__,
-        "precision": desk.bench.precision, "max_length": desk.bench.max_length, "phase_prompt_tokens": len(prompt),
+        **_circumstances(desk), "device_bandwidth": bandwidth, "phase_prompt_tokens": len(prompt),
         "prefill": phases.prefill, "draft": phases.draft, "verify": phases.verify, "round": phases.round,
         "live_length": live_length, **inner, "bytes_per_round": int(decoder.bytes_per_round(live_length, **inner)),
     }
+
+
+def _circumstances(desk: Desk) -> dict[str, Any]:
+    return {"device": device.device_name(), "jax": jax.__version__, "precision": desk.bench.precision,
+            "max_length": desk.bench.max_length}
 
 
 def inner_work(found: Sequence[Answer], drafter: sm.HierarchicalDrafter) -> dict[str, float]:
@@ -266,6 +261,7 @@ def identity(settings: Settings, method: str, asked: Sequence[Question], content
         "sampling": repr(settings.sampling), "seed": settings.seed, "device": device.device_name(),
         **({"benchmark": settings.benchmark.name} if settings.benchmark != MT_BENCH else {}),
         "jax": jax.__version__, **({"reproducible": True} if settings.reproducible else {}),
+        **({"slots": settings.slots} if settings.slots > 1 else {}),
         **contents.of_method(models, method)}
 
 

@@ -20,6 +20,7 @@ class Settings:
       reproducible: as in `specmq_jax.DecodeConfig`.
       answer_file: None puts each method's answers into `output_dir`.
       models: the target and what drafts for it.
+      slots: questions that are answered side by side; more than one give a throughput, and no single-stream speeds.
       benchmark: what kind of questions they are, and how they are asked.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     output_dir: pathlib.Path
     answer_file: pathlib.Path | None = None
     resume: bool = True
+    slots: int = 1
     benchmark: Benchmark = MT_BENCH
 
     def answers(self, method: str) -> pathlib.Path:

@@ -124,6 +124,8 @@ def prepared(given: absl_flags.FlagValues) -> Prepared:
     if given.models:
         given.model = given.models[0]
     base = flags.settings(f"sweep-{given.benchmark}", benchmark=BENCHMARKS[given.benchmark])
+    if base.slots > 1:
+        raise UserError(f"a sweep compares single streams; leave out --slots={base.slots}, which benchmarks take")
     asked = base.questions()
     answer_files.check_directory(base.output_dir)
     axes = grid_of(given, base)

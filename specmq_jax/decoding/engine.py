@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -31,7 +31,7 @@ from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey, R
 from specmq_jax.decoding.rounds import Params, Rounds
 from specmq_jax.decoding.sampling import Greedy, Sampling
 from specmq_jax.decoding.slots import ROUNDS, Asked, Chunk, First, Slots
-from specmq_jax.decoding.tickets import Request, Ticket
+from specmq_jax.decoding.tickets import Request, Ticket, rounds_until
 from specmq_jax.errors import UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.loading.memory import check_room
@@ -140,7 +140,8 @@ class Engine:
     def submit(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, temperature: float | None = None,
                top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0, seed: int | None = None,
                stop_tokens: Sequence[int] | None = None, min_tokens: int = 0,
-               logit_bias: Mapping[int, float] | None = None) -> Ticket:
+               logit_bias: Mapping[int, float] | None = None,
+               until: Callable[[Sequence[int]], int | None] | None = None) -> Ticket:
         """Asks for a continuation.
 
         Args:
@@ -152,6 +153,8 @@ class Engine:
           stop_tokens: ids that end it, at most 16; by default the configuration's.
           min_tokens: before so many none of them is drawn.
           logit_bias: what is added to the logits of some tokens, by their ids, at most 64.
+          until: is asked on the host, whenever tokens have come, with all new ones so far: how many of them are the answer,
+            None where it goes on. What has been decoded behind them is dropped, and so are its rounds.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache, a setting outside its range,
@@ -176,7 +179,7 @@ class Engine:
                 raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
         ticket = Ticket(self, Request(
             prompt=prompt, key=key, draws=temperature > 0 or bool(logit_bias) or least > 0, stop_tokens=stops,
-            limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room))))
+            limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room)), until=until))
         with self._arrivals:
             if self._is_closed:
                 raise UserError("the engine is closed")
@@ -189,9 +192,10 @@ class Engine:
         tickets = [self.submit(prompt, max_new_tokens, **sampling) for prompt in prompts]
         return [ticket.result() for ticket in tickets]
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, draws: bool = True) -> None:
         """Compiles all that requests will need: two loops for each of `buckets`, one of which draws; a prompt's last chunk of
-        each length, alone and beside others; and one before it. Requests that were submitted are answered first."""
+        each length, alone and beside others; and one before it. Requests that were submitted are answered first. Unless one
+        `draws`, all are expected to be greedy, without a bias or a least length."""
         with self._driving:
             while self.step():
                 pass
@@ -199,8 +203,8 @@ class Engine:
                 raise UserError("the engine is closed")
             for size in self.buckets:
                 slots = np.arange(size, dtype=np.int32)
-                for draws in (False, True):
-                    self._state, _ = self._run(self.params, self._state, slots, draws)
+                for drawing in (False, True)[:1 + draws]:
+                    self._state, _ = self._run(self.params, self._state, slots, drawing)
             self._held = [np.zeros(0, np.int32)] * self.slots  # for rows are written over
             made = Ticket(self, Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False,
                                         stop_tokens=()))
@@ -209,9 +213,9 @@ class Engine:
                 for count in self._groups(size):
                     chunks, asked = (jax.tree.map(lambda leaf, count=count: np.stack([leaf] * count), part)
                                      for part in (self._chunk(made, size), self._asked(made.request)))
-                    for draws in (False, True)[:2 if count == 1 else 1]:
+                    for drawing in (False, True)[:1 + (draws and count == 1)]:
                         self._state, _ = self._admit(
-                            self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, draws)
+                            self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, drawing)
             jax.block_until_ready(self._state)
 
     def step(self) -> bool:
@@ -401,7 +405,11 @@ class Engine:
                 continue
             length, rounds, fault, done, fresh = self._read(
                 (report.length, report.rounds, report.fault, report.done, report.fresh))
-            accepted = np.asarray(report.accept_lengths) if done.any() else None
+            accepted = functools.cache(functools.partial(np.asarray, report.accept_lengths))
+
+            def lengths(place: int, accepted: Callable[[], Any] = accepted, rounds: Any = rounds) -> Any:
+                return accepted()[place, :rounds[place]]
+
             for place, ticket in enumerate(tickets):
                 if ticket is None:
                     continue
@@ -409,8 +417,8 @@ class Engine:
                 if ticket.is_done:
                     continue
                 news = int(length[place]) - len(ticket.request.prompt) - ticket.count
-                lengths = accepted[place, :rounds[place]] if accepted is not None else None
-                self._told(ticket, fresh[place, :news].tolist(), bool(done[place]), int(fault[place]), lengths)
+                self._told(ticket, fresh[place, :news].tolist(), bool(done[place]), int(fault[place]),
+                           functools.partial(lengths, place))
 
     def _read(self, report: Any) -> Any:
         start = time.perf_counter()
@@ -419,28 +427,31 @@ class Engine:
         return found
 
     def _told(self, ticket: Ticket, tokens: list[int], done: bool, fault: int,
-              accept_lengths: Int32[np.ndarray, "r"] | None = None) -> None:
+              accept_lengths: Callable[[], Int32[np.ndarray, "r"]] = lambda: np.zeros(0, np.int32)) -> None:
         if ticket.is_cancelled:
             return
         request, slot = ticket.request, ticket.slot
         everything = [*ticket.tokens, *tokens]
-        if done and fault >= 0:
+        end = request.until(everything) if request.until and tokens else None
+        if end is None and done and fault >= 0:
             committed = np.asarray([*request.prompt, *everything], np.int32)
             ticket.error = not_finite(self.target, fault, committed, len(request.prompt))
-        elif done:
+        elif done or end is not None:
             _, admitted, first = ticket.times
-            inner = np.zeros(0, np.int32)
+            lengths, inner = accept_lengths(), np.zeros(0, np.int32)
+            kept = len(lengths) if end is None else rounds_until(end, lengths)
             if isinstance(self.drafter, HierarchicalDrafter):
                 inner = self.drafter.accept_lengths(side_by_side.take(self._state.drafter, slot))
+                inner = inner[:round(len(inner) * kept / max(kept, len(lengths)))]
+            everything, stopped = everything[:end], end is None and (
+                len(request.prompt) + len(everything) < request.limit or everything[-1] in request.stop_tokens)
             ticket.generation = Generation(
-                tokens=np.asarray(everything, np.int32), seconds=time.perf_counter() - first,
-                accept_lengths=np.zeros(0, np.int32) if accept_lengths is None else accept_lengths,
-                prefill_seconds=first - admitted, draft_prefill_seconds=0.0, draft_accept_lengths=inner,
-                stopped=len(request.prompt) + len(everything) < request.limit or everything[-1] in request.stop_tokens)
+                tokens=np.asarray(everything, np.int32), seconds=time.perf_counter() - first, accept_lengths=lengths[:kept],
+                prefill_seconds=first - admitted, draft_prefill_seconds=0.0, draft_accept_lengths=inner, stopped=stopped)
         ticket.tokens = everything
-        if done:
+        if ticket.is_done:
             self._keep(ticket)
-        if done and self._running.get(slot) is ticket:
+        if ticket.is_done and self._running.get(slot) is ticket:
             del self._running[slot]
             self._release(ticket)
 

@@ -19,15 +19,16 @@ _KERNEL_ROWS = 64
 """Rows that every quantised format has a kernel for on a GPU, which neither expands a weight nor is timed by the compiler."""
 
 
-def plan(target: Model, drafters: Sequence[Drafter], config: DecodeConfig) -> Plan:
+def plan(target: Model, drafters: Sequence[Drafter], config: DecodeConfig, *, slots: int = 1) -> Plan:
     """What decoding with one drafter after another holds where it holds most.
 
-    All weights are held throughout, each array once however many share it; caches, one sequence's at a time.
+    All weights are held throughout, each array once however many share it; caches, those of one drafter at a time.
 
     Args:
       target: a model, or its outline.
       drafters: made of models and heads, or of their outlines.
       config: of every decoder.
+      slots: sequences that are decoded side by side.
 
     Raises:
       UserError: a drafter that can't draft for this target, or a cache longer than a model's positions.
@@ -39,18 +40,19 @@ def plan(target: Model, drafters: Sequence[Drafter], config: DecodeConfig) -> Pl
     models = [model.params for model in (target, *small)]
     targets, both = tree_bytes(target.params), tree_bytes(models)
     everything = tree_bytes(models, [drafter.params for drafter in drafters])
-    caches, working = max(((cache_bytes(target, drafter, cache_rows(config, drafter)), working_bytes(target, drafter, config))
-                           for drafter in drafters), key=sum)
+    caches, working = max(((slots * cache_bytes(target, drafter, cache_rows(config, drafter)),
+                            working_bytes(target, drafter, config, slots=slots)) for drafter in drafters), key=sum)
     loading = max(_loading_bytes(target, drafter) for drafter in drafters)
     return Plan({"target": targets, "draft model": both - targets, "EAGLE heads": everything - both, "caches": caches,
                  "working memory": max(working, loading - caches)})
 
 
-def working_bytes(target: Model, drafter: Drafter, config: DecodeConfig) -> int:
+def working_bytes(target: Model, drafter: Drafter, config: DecodeConfig, *, slots: int = 1) -> int:
     """Bytes beside weights and caches: the features of a whole prompt, which wait for the drafter, and the largest of
 
     - a pass over the longest chunk of a prompt (`pass_bytes`),
-    - a pass over the nodes of a draft with its scores, of which sampling holds four forms (raw, scaled, sorted, with noise),
+    - a pass over the nodes of a draft, or of one a slot, with its scores, of which sampling holds four forms (raw, scaled,
+      sorted, with noise),
     - on a GPU, what the compiler takes to time a product (`timing_bytes`); it does so when the caches are there already.
 
     All three are those of whichever network, of the target's and the drafter's, takes most.
@@ -61,7 +63,7 @@ def working_bytes(target: Model, drafter: Drafter, config: DecodeConfig) -> int:
     forms = 1 if isinstance(config.sampling, Greedy) else 4
     chunk, found = prefill_chunks(config)[-1], 0
     for network in _networks(target, drafter):
-        layer, rows = network.layer, network.scored
+        layer, rows = network.layer, slots * network.scored
         scores = 4 * forms * rows * layer.vocab_size + _expanded(network.head, layer.hidden_size, layer.vocab_size, rows)
         found = max(found, pass_bytes(layer, network.linear, chunk), pass_bytes(layer, network.linear, rows) + scores)
         if jax.default_backend() == "gpu":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,13 +15,15 @@ from specmq_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for; `limit` counts the prompt, and unless it `draws` the best tokens are taken as they are."""
+    """What was asked for; `limit` counts the prompt, and unless it `draws` the best tokens are taken as they are. `until` is
+    as in `Engine.submit`."""
 
     prompt: Int32[np.ndarray, "n"]
     limit: int
     key: RequestKey
     draws: bool
     stop_tokens: tuple[int, ...]
+    until: Callable[[Sequence[int]], int | None] | None = None
 
 
 class Driver(Protocol):
@@ -103,3 +105,8 @@ class Ticket:
     def cancel(self) -> None:
         """Ends it where it stands; its slot is free behind the call that runs. What is done already stays done."""
         self._engine.cancel(self)
+
+
+def rounds_until(count: int, accept_lengths: Int32[np.ndarray, "r"]) -> int:
+    """The rounds, one at least, that committed so many tokens; the first token comes before all rounds."""
+    return max(1, 1 + int(np.searchsorted(1 + np.cumsum(accept_lengths), count)))

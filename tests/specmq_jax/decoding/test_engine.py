@@ -167,6 +167,23 @@ def test_requests_of_several_threads_are_all_answered(pairs):
     assert [found[place] for place in range(len(asked))] == [alone.tokens(request) for request in asked]
 
 
+@pytest.mark.parametrize("name", ["none", pytest.param("chain", marks=pytest.mark.slow)])
+def test_an_answer_ends_where_its_function_says(pairs, name):
+    (engine, alone), asked = pairs(name), requests(5, seed=5)
+    for request in asked:
+        request.update(max_new_tokens=30, stop_tokens=[])
+    wanted = [11, None, 1, 30, 7]
+    tickets = [engine.submit(**request, until=end and (lambda tokens, end=end: end if len(tokens) >= end else None))
+               for request, end in zip(asked, wanted, strict=True)]
+    for request, ticket, end in zip(asked, tickets, wanted, strict=True):
+        result, expected = ticket.result(), alone.tokens(request)
+        assert result.tokens.tolist() == expected[:end] == ticket.tokens
+        assert not result.stopped
+        committed, count = 1 + np.cumsum(result.accept_lengths), len(result.tokens)
+        assert count == 1 or committed[-1] >= count and not (committed[:-1] >= count).any()
+    assert sorted(engine._free) == list(range(engine.slots))
+
+
 def test_everything_is_compiled_by_warm_up(target):
     with sm.Engine(target, config=CONFIG, slots=2) as engine:
         before = engine.submit([5, 6, 7, 8, 9], 40)
