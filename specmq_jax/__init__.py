@@ -2,7 +2,7 @@
 
 from specmq_jax.commands import interrupts  # noqa: F401 (first, for Ctrl-C while a command is being imported)
 from specmq_jax.decoding.config import DecodeConfig, TreeConfig
-from specmq_jax.decoding.decode import Decoder, Generation, PhaseTimes
+from specmq_jax.decoding.decode import Decoder, Generation, Logprobs, PhaseTimes
 from specmq_jax.decoding.drafters import ChainDrafter, Drafter, EagleDrafter, HierarchicalDrafter, NoDrafter
 from specmq_jax.decoding.engine import Engine
 from specmq_jax.decoding.rounds import DecodeState
@@ -15,9 +15,9 @@ from specmq_jax.loading.model import Model, load, logits, random_model
 from specmq_jax.network.config import LlamaConfig, RopeConfig
 
 __all__ = ["ChainDrafter", "DecodeConfig", "DecodeState", "Decoder", "DraftTree", "Drafter", "EagleDrafter", "Engine",
-           "Generation", "Greedy", "Head", "HierarchicalDrafter", "LlamaConfig", "Model", "NoDrafter", "NotFiniteError",
-           "PhaseTimes", "RopeConfig", "Sampling", "Ticket", "TreeConfig", "UserError", "load", "load_head", "logits",
-           "random_model"]
+           "Generation", "Greedy", "Head", "HierarchicalDrafter", "LlamaConfig", "Logprobs", "Model", "NoDrafter",
+           "NotFiniteError", "PhaseTimes", "RopeConfig", "Sampling", "Ticket", "TreeConfig", "UserError", "load", "load_head",
+           "logits", "random_model"]
 
 
 def __getattr__(name: str) -> str:

@@ -101,7 +101,7 @@ class _ForcedRounds(Rounds):
     def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
         """As `Rounds.verify`, on the path to the deepest node."""
         def choose(logits: Float[Array, "T V"]) -> Int32[Array, "T"]:
-            drawn = self.sampling(logits, state.length + tree.depth, state.key)
+            drawn = self.chosen(logits, state, tree)
             return jnp.where(tree.depth < self._drafts(state), self._next_on_path(tree, drawn), drawn)
 
         return verify(self.module, params, state.cache, tree, choose)

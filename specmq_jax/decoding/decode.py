@@ -31,6 +31,20 @@ _SHORT_CALL = 0.025
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """The target's log-probabilities of tokens, before anything that a request's sampling makes of them.
+
+    Attributes:
+      tokens: f32[n], of the tokens themselves.
+      best: i32[n, k], the k likeliest in their places, likeliest first; best_logprobs: f32[n, k], theirs.
+    """
+
+    tokens: Float[np.ndarray, "n"]
+    best: Int32[np.ndarray, "n k"]
+    best_logprobs: Float[np.ndarray, "n k"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
     """What `generate` returns.
 
@@ -43,6 +57,7 @@ class Generation:
       draft_prefill_seconds: of the drafter's pass over the prompt.
       stopped: a stop token ended it, not the limit.
       draft_accept_lengths: i32[n], tokens each inner round of a hierarchical drafter accepted; empty for other drafters.
+      logprobs: of the new tokens; prompt_logprobs: of the prompt's but the first. None where they were not asked for.
     """
 
     tokens: Int32[np.ndarray, "n"]
@@ -52,6 +67,8 @@ class Generation:
     draft_prefill_seconds: float
     stopped: bool
     draft_accept_lengths: Int32[np.ndarray, "n"]
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
     def __repr__(self) -> str:
         return (f"Generation({words.count(len(self.tokens), 'token')} in {words.count(len(self.accept_lengths), 'round')}, "
@@ -151,7 +168,8 @@ class Decoder:
         key = seed_key(self.config.seed if seed is None else seed) if key is None else key
         start = time.perf_counter()
         hidden, cache, chunks, fault = self._ingest_all(prompt)
-        first, is_sound = jax.block_until_ready(self._draw(self.target.params, hidden, len(prompt), key))
+        first, is_sound = jax.block_until_ready(self._draw(
+            self.target.params, hidden, self._tokens(prompt), len(prompt), key))
         middle = time.perf_counter()
         self._check_prompt(prompt, fault, is_sound)
         drafter = self._empty_drafter()
@@ -275,14 +293,17 @@ class Decoder:
     def _start(self, prompt: Int32[np.ndarray, "n"], first: Int32[Array, ""], limit: int, cache: KVCache, drafter: Any,
                key: Array) -> DecodeState:
         stops = np.asarray(self.config.stop_tokens or (-1,), np.int32)
-        tokens = np.zeros(self._capacity, np.int32)
-        tokens[:len(prompt)], tokens[len(prompt)] = prompt, int(first)
         length = len(prompt) + 1
-        small = {"tokens": tokens, "length": np.int32(length), "limit": np.int32(limit),
+        small = {"tokens": self._tokens([*prompt, int(first)]), "length": np.int32(length), "limit": np.int32(limit),
                  "done": np.bool_(length >= limit or int(first) in self.config.stop_tokens), "fault": np.int32(-1), "key": key,
                  "stop_tokens": stops,
                  "accept_lengths": np.zeros(self._capacity, np.int32), "rounds": np.int32(0)}
         return DecodeState(**self._placed(small), cache=cache, drafter=drafter)
+
+    def _tokens(self, committed: Sequence[int] | Int32[np.ndarray, "n"]) -> Int32[np.ndarray, "C"]:
+        tokens = np.zeros(self._capacity, np.int32)
+        tokens[:len(committed)] = committed
+        return tokens
 
     def _placed(self, tree: Any) -> Any:
         """The same arrays, bound to the target's device as what comes out of a jitted function of its weights is: a function

@@ -18,6 +18,7 @@ from specmq_jax.decoding.compilation import compiler_options, enable_persistent_
 from specmq_jax.decoding.config import DecodeConfig
 from specmq_jax.decoding.decode import (
     Generation,
+    Logprobs,
     cache_bytes,
     cache_rows,
     check_count,
@@ -30,7 +31,7 @@ from specmq_jax.decoding.drafters import Drafter, HierarchicalDrafter, NoDrafter
 from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey, RequestSampling
 from specmq_jax.decoding.rounds import Params, Rounds
 from specmq_jax.decoding.sampling import Greedy, Sampling
-from specmq_jax.decoding.slots import ROUNDS, Asked, Chunk, First, Slots
+from specmq_jax.decoding.slots import MOST_LOGPROBS, ROUNDS, Asked, Chunk, First, Slots
 from specmq_jax.decoding.tickets import Request, Ticket, rounds_until
 from specmq_jax.errors import UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
@@ -91,6 +92,7 @@ class Engine:
         self._state = placed(self._slots.empty)()
         compiled = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options())
         self._run = compiled(self._slots.run, static_argnums=3)
+        self._scores = compiled(self._slots.scores)
         self._take_in, self._admit = compiled(self._slots.ingest), compiled(self._slots.ingest_last, static_argnums=5)
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, Ticket] = {}
@@ -140,8 +142,10 @@ class Engine:
     def submit(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, temperature: float | None = None,
                top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0, seed: int | None = None,
                stop_tokens: Sequence[int] | None = None, min_tokens: int = 0,
-               logit_bias: Mapping[int, float] | None = None,
-               until: Callable[[Sequence[int]], int | None] | None = None) -> Ticket:
+               logit_bias: Mapping[int, float] | None = None, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+               repetition_penalty: float = 1.0,
+               until: Callable[[Sequence[int]], int | None] | None = None, logprobs: int = 0, prompt_logprobs: int = 0
+               ) -> Ticket:
         """Asks for a continuation.
 
         Args:
@@ -153,8 +157,14 @@ class Engine:
           stop_tokens: ids that end it, at most 16; by default the configuration's.
           min_tokens: before so many none of them is drawn.
           logit_bias: what is added to the logits of some tokens, by their ids, at most 64.
+          presence_penalty, frequency_penalty: from -2 to 2, taken off the logit of a token that is among the new ones, the
+            second for each time that it is, as OpenAI has them.
+          repetition_penalty: by which the logit of a token of prompt or answer is divided, or multiplied where it is below 0
+            (arXiv:1909.05858); 1 is none.
           until: is asked on the host, whenever tokens have come, with all new ones so far: how many of them are the answer,
             None where it goes on. What has been decoded behind them is dropped, and so are its rounds.
+          logprobs, prompt_logprobs: how many of the likeliest tokens, at most 20, to give with the log-probabilities of the
+            answer's and of the prompt's tokens; 0 gives none. They take a pass over these tokens when the answer has ended.
 
         Raises:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache, a setting outside its range,
@@ -173,13 +183,18 @@ class Engine:
             seed=self.config.seed if seed is None else seed, temperature=temperature,
             top_k=(default.top_k if default else 0) if top_k is None else top_k,
             top_p=(default.top_p if default else 1.0) if top_p is None else top_p, min_p=min_p, logit_bias=logit_bias,
-            barred=stops if least else (), bar=min(len(prompt) + least, self.config.max_len) if least else 0)
+            barred=stops if least else (), bar=min(len(prompt) + least, self.config.max_len) if least else 0,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, repetition_penalty=repetition_penalty,
+            start=len(prompt))
+        penalised = presence_penalty != 0 or frequency_penalty != 0 or repetition_penalty != 1
         for token in logit_bias or {}:
             if token >= self.target.config.vocab_size:
                 raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
         ticket = Ticket(self, Request(
-            prompt=prompt, key=key, draws=temperature > 0 or bool(logit_bias) or least > 0, stop_tokens=stops,
-            limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room)), until=until))
+            prompt=prompt, key=key, draws=temperature > 0 or bool(logit_bias) or least > 0 or penalised, stop_tokens=stops,
+            limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room)), until=until,
+            **{name: entries.integer("a request", name, value, low=0, high=MOST_LOGPROBS)
+               for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs))}))
         with self._arrivals:
             if self._is_closed:
                 raise UserError("the engine is closed")
@@ -325,13 +340,15 @@ class Engine:
         """Of the chunks that are compiled the shortest that holds so many tokens, else the longest."""
         return next((size for size in self._chunks if size >= count), self._chunks[-1])
 
-    @staticmethod
-    def _chunk(ticket: Ticket, size: int) -> Chunk:
+    def _chunk(self, ticket: Ticket, size: int) -> Chunk:
         """The next tokens of its prompt."""
-        prompt, start = ticket.request.prompt, ticket.taken
+        return self._chunk_of(ticket.request.prompt, ticket.taken, size, begins=ticket.taken == ticket.reused)
+
+    @staticmethod
+    def _chunk_of(prompt: Int32[np.ndarray, "n"], start: int, size: int, *, begins: bool) -> Chunk:
         tokens, following = prompt[start:start + size], prompt[start + 1:start + 1 + size]
         return Chunk(np.pad(tokens, (0, size - len(tokens))), np.pad(following, (0, size - len(following))),
-                     np.int32(len(tokens)), np.int32(start), np.bool_(start == ticket.reused))
+                     np.int32(len(tokens)), np.int32(start), np.bool_(begins))
 
     def _shared(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> int:
         """Tokens of a prompt that need not be taken in again where a slot is free: those that it begins with like what the slot
@@ -381,9 +398,10 @@ class Engine:
 
     def _ends_for_certain(self, ticket: Ticket) -> bool:
         """Whether what has been started will bring it to its limit: a round commits a token at least."""
-        # a hierarchy's inner rounds are read from the slot when the request has ended
+        # a hierarchy's inner rounds, and what log-probabilities need, are read from the slot when the request has ended
         return (ticket.count + ticket.coming >= ticket.request.limit - len(ticket.request.prompt)
-                and not isinstance(self.drafter, HierarchicalDrafter))
+                and not isinstance(self.drafter, HierarchicalDrafter)
+                and not ticket.request.logprobs and not ticket.request.prompt_logprobs)
 
     @property
     def _entering_slot(self) -> int:
@@ -447,13 +465,31 @@ class Engine:
                 len(request.prompt) + len(everything) < request.limit or everything[-1] in request.stop_tokens)
             ticket.generation = Generation(
                 tokens=np.asarray(everything, np.int32), seconds=time.perf_counter() - first, accept_lengths=lengths[:kept],
-                prefill_seconds=first - admitted, draft_prefill_seconds=0.0, draft_accept_lengths=inner, stopped=stopped)
+                prefill_seconds=first - admitted, draft_prefill_seconds=0.0, draft_accept_lengths=inner, stopped=stopped,
+                **self._logprobs(ticket, everything))
         ticket.tokens = everything
         if ticket.is_done:
             self._keep(ticket)
         if ticket.is_done and self._running.get(slot) is ticket:
             del self._running[slot]
             self._release(ticket)
+
+    def _logprobs(self, ticket: Ticket, tokens: Sequence[int]) -> dict[str, Logprobs]:
+        """Those that the request asks for of its prompt's and these tokens."""
+        request = ticket.request
+        prompt, asked = len(request.prompt), {"prompt_logprobs": request.prompt_logprobs, "logprobs": request.logprobs}
+        if not any(asked.values()):
+            return {}
+        committed, size = np.asarray([*request.prompt, *tokens], np.int32), self._chunks[0]
+        first, found = 0 if request.prompt_logprobs else prompt - 1, []
+        for start in range(first, len(committed) - 1, size):
+            chunk = self._chunk_of(committed, start, size, begins=False)
+            self._state, scores = self._scores(self.params, self._state, np.int32(ticket.slot), chunk)
+            found.append([each[:min(size, len(committed) - 1 - start)] for each in self._read(scores)])
+        own, best, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        places = {"prompt_logprobs": slice(0, prompt - 1), "logprobs": slice(prompt - 1 - first, None)}
+        return {name: Logprobs(tokens=own[places[name]], best=best[places[name], :most],
+                               best_logprobs=values[places[name], :most]) for name, most in asked.items() if most}
 
     def _release(self, ticket: Ticket) -> None:
         self._free.append(ticket.slot)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from specmq_jax import words
 from specmq_jax.decoding.config import DecodeConfig
 from specmq_jax.decoding.drafters import Drafter
+from specmq_jax.decoding.request_sampling import Past, RequestSampling
 from specmq_jax.decoding.sampling import Sampler
 from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.decoding.verification import are_sound, verify
@@ -108,17 +109,25 @@ class Rounds:
         """The target's f32 scores behind a state."""
         return side_by_side.apply(self.module, params, hidden, method="logits")
 
-    def draw(self, params: Any, hidden: Float[Array, "1 D"], position: Int32[Array, ""], key: Any
+    def draw(self, params: Any, hidden: Float[Array, "1 D"], tokens: Int32[Array, "C"], length: Int32[Array, ""], key: Any
              ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-        """The token drawn behind a state, and whether its scores are finite."""
+        """The token drawn behind a state, that of the last of `tokens[:length]`, and whether its scores are finite."""
         logits = self.logits(params, hidden)
-        drawn = self.sampling(logits, jnp.asarray(position)[None], key)
+        drawn = self._chosen(logits, jnp.asarray(length)[None], key, Past.committed(tokens, length))
         return drawn[0], are_sound(logits, drawn)[0]
+
+    def chosen(self, logits: Float[Array, "T V"], state: DecodeState, tree: DraftTree) -> Int32[Array, "T"]:
+        """The token drawn behind each node of a draft."""
+        return self._chosen(logits, state.length + tree.depth, state.key, Past.behind(state.tokens, state.length, tree))
+
+    def _chosen(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: Any, past: Past) -> Int32[Array, "T"]:
+        if isinstance(self.sampling, RequestSampling):
+            return self.sampling(logits, positions, key, past)
+        return self.sampling(logits, positions, key)
 
     def verify(self, params: Any, state: DecodeState, tree: DraftTree) -> tuple[Accepted, KVCache]:
         """See `Decoder.verify`."""
-        return verify(self.module, params, state.cache, tree,
-                      lambda logits: self.sampling(logits, state.length + tree.depth, state.key))
+        return verify(self.module, params, state.cache, tree, lambda logits: self.chosen(logits, state, tree))
 
     def round(self, params: Params, state: DecodeState) -> DecodeState:
         """Propose, verify, accept, advance."""

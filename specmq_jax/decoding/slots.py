@@ -8,8 +8,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.top_k.api import log_softmax_top_k
 from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey
 from specmq_jax.decoding.rounds import DecodeState, Params, Rounds
 from specmq_jax.decoding.sampling import Greedy
@@ -19,6 +20,13 @@ from specmq_jax.network import side_by_side
 ROUNDS = 8
 """Rounds of a call: what ends within one, or comes, waits for its end. The number is fixed, for then a GPU needs nothing of the
 host before the last of them, and the host starts the next call meanwhile."""
+
+
+MOST_LOGPROBS = 20
+"""Of the likeliest tokens in a place, as many as OpenAI's clients may ask for."""
+
+Scores = tuple[Float[Array, "M"], Int32[Array, "M k"], Float[Array, "M k"]]
+"""Of tokens, and of the likeliest in their places, by id."""
 
 
 class Chunk(flax.struct.PyTreeNode):
@@ -89,6 +97,16 @@ class Slots:
     def _empty_drafter(self) -> Any:
         return self.rounds.drafter.init(self.capacity, limit=self.limit)
 
+    def scores(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> tuple[DecodeState, Scores]:
+        """Log-probabilities of the tokens behind those of a chunk, whose rows are computed again."""
+        part = side_by_side.take(state, slot)
+        hidden, _, cache = side_by_side.apply(self.rounds.module, params[0], chunk.tokens, part.cache.rewind(chunk.start))
+        logits = self.rounds.logits(params[0], hidden).astype(jnp.float32)
+        best_logprobs, best = log_softmax_top_k(logits, min(MOST_LOGPROBS, logits.shape[1]))
+        own = jnp.take_along_axis(logits, chunk.following[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+        part = part.replace(cache=part.cache.replace(layers=cache.layers))
+        return side_by_side.put(state, part, slot), (own, best, best_logprobs)
+
     def ingest(self, params: Params, state: DecodeState, slot: Int32[Array, ""], chunk: Chunk) -> DecodeState:
         """A chunk of a prompt that is not its last."""
         part = side_by_side.take(state, slot)
@@ -114,7 +132,7 @@ class Slots:
     def _admitted(self, rounds: Rounds, params: Params, part: DecodeState, chunk: Chunk, asked: Asked
                   ) -> tuple[DecodeState, First]:
         hidden, features, cache, fault, drafter = self._pass(params, part, chunk)
-        first, is_sound = rounds.draw(params[0], hidden, asked.count, asked.key)
+        first, is_sound = rounds.draw(params[0], hidden, asked.tokens, asked.count, asked.key)
         following = chunk.following.at[chunk.count - 1].set(first)
         drafter = self.rounds.drafter.prefill(params[1], drafter, chunk.tokens, following, features, chunk.count)
         fault = jnp.where((fault < 0) & ~is_sound, asked.count - 1, fault)

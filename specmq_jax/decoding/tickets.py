@@ -15,8 +15,8 @@ from specmq_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for; `limit` counts the prompt, and unless it `draws` the best tokens are taken as they are. `until` is
-    as in `Engine.submit`."""
+    """What was asked for; `limit` counts the prompt, and unless it `draws` the best tokens are taken as they are. The
+    others are as in `Engine.submit`."""
 
     prompt: Int32[np.ndarray, "n"]
     limit: int
@@ -24,6 +24,8 @@ class Request:
     draws: bool
     stop_tokens: tuple[int, ...]
     until: Callable[[Sequence[int]], int | None] | None = None
+    logprobs: int = 0
+    prompt_logprobs: int = 0
 
 
 class Driver(Protocol):

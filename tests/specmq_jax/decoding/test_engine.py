@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
 CONFIG = sm.DecodeConfig(max_len=96, prefill_chunks=(16,))
 SAMPLING = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "top_k": 7, "seed": 4},
             {"temperature": 0.9, "top_p": 0.7, "seed": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "seed": 6},
-            {"logit_bias": {3: 2.5, 17: -4.0}}, {"min_tokens": 6}]
+            {"logit_bias": {3: 2.5, 17: -4.0}}, {"min_tokens": 6}, {"presence_penalty": 1.5, "frequency_penalty": 0.4},
+            {"repetition_penalty": 1.8, "temperature": 0.7, "seed": 8}]
 DRAFTERS = ("none", "chain", "eagle", "hierarchical")
 FAST = ("none", "eagle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "hierarchical")))
 
@@ -51,9 +53,10 @@ class Alone:
 
     def tokens(self, request):
         asked = {name: value for name, value in request.items() if name in (
-            "seed", "temperature", "top_k", "top_p", "min_p", "logit_bias")}
+            "seed", "temperature", "top_k", "top_p", "min_p", "logit_bias", "presence_penalty", "frequency_penalty",
+            "repetition_penalty")}
         least = request.get("min_tokens", 0)
-        key = RequestKey.of(**{"seed": 0, **asked}, barred=request["stop_tokens"],
+        key = RequestKey.of(**{"seed": 0, **asked}, start=len(request["prompt_ids"]), barred=request["stop_tokens"],
                             bar=len(request["prompt_ids"]) + least if least else 0)
         state = self.decoder.prefill(request["prompt_ids"], request["max_new_tokens"], key=key)
         state = self.decoder.loop(self.decoder.params, state, jnp.int32(1000))
@@ -96,6 +99,51 @@ def pairs(target, drafters):
 @pytest.mark.parametrize("name", FAST)
 def test_requests_that_join_and_leave_give_their_own_tokens(pairs, name):
     check(*pairs(name), requests(9), seed=0)
+
+
+@pytest.mark.parametrize("name", ["none", pytest.param("eagle", marks=pytest.mark.slow)])
+def test_log_probabilities_are_the_targets_own(target, pairs, name):
+    (engine, _), asked = pairs(name), requests(4, seed=7)
+    counts = [(3, 0), (1, 2), (0, 0), (0, 20)]
+    for request in asked:
+        request.update(max_new_tokens=20, stop_tokens=[], temperature=0.9, seed=1)
+    tickets = [engine.submit(**request, logprobs=new, prompt_logprobs=old)
+               for request, (new, old) in zip(asked, counts, strict=True)]
+    for request, ticket, (new, old) in zip(asked, tickets, counts, strict=True):
+        prompt, result = request["prompt_ids"], ticket.result()
+        scores = np.asarray(jax.nn.log_softmax(sm.logits(target, [*prompt, *result.tokens.tolist()]), axis=-1))
+        split = len(prompt) - 1
+        for found, rows, tokens, most in ((result.logprobs, scores[split:-1], result.tokens, new),
+                                          (result.prompt_logprobs, scores[:split], prompt[1:], old)):
+            if not most:
+                assert found is None
+                continue
+            best = np.argsort(-rows, axis=1, kind="stable")[:, :most]
+            np.testing.assert_array_equal(found.best, best)
+            np.testing.assert_allclose(found.best_logprobs, np.take_along_axis(rows, best, 1), atol=1e-4)
+            np.testing.assert_allclose(found.tokens, rows[np.arange(len(rows)), tokens], atol=1e-4)
+    with pytest.raises(sm.UserError, match="'logprobs'"):
+        engine.submit([1], logprobs=21)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("penalties", [(1.5, 0.4, 1.0), (0.0, 0.0, 1.7), (-0.5, 0.8, 0.6)])
+def test_penalties_are_those_of_their_definitions_on_every_path(target, pairs, name, penalties):
+    presence, frequency, repetition = penalties
+    engine, _ = pairs(name)
+    prompt, made = requests(3, seed=2)[2]["prompt_ids"], []
+    for _ in range(12):  # by the definitions, a token at a time
+        scores = np.array(sm.logits(target, [*prompt, *made])[-1], np.float32)
+        for token in {*prompt, *made}:
+            scores[token] = scores[token] / repetition if scores[token] > 0 else scores[token] * repetition
+        for token in made:
+            scores[token] -= frequency
+        for token in set(made):
+            scores[token] -= presence
+        made.append(int(scores.argmax()))
+    found = engine.submit(prompt, 12, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition)
+    assert found.result().tokens.tolist() == made
+    assert made != engine.submit(prompt, 12).result().tokens.tolist()
 
 
 @pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in DRAFTERS[1:])])
