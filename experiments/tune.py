@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     places = ", ".join(str(tables.path(op)) for op in ops)
     print(f"{jax.devices()[0].device_kind}: {count(len(found), 'problem')}, into {places}", flush=True)
     deadline = time.monotonic() + given.budget_s if given.budget_s else None
-    run(found, tables, Search(most=given.candidates, deadline=deadline), retune=given.all)
+    run(found, tables, Search(most=given.candidates, deadline=deadline), retune=given.all or not given.missing)
 
 
 def declare_flags() -> None:
@@ -141,11 +141,13 @@ def declare_flags() -> None:
     flags.DEFINE_list("shapes", ["llama3-8b", "llama3-70b", "demo"],
                       f"Models to tune for, of {', '.join(SHAPES)}.")
     flags.DEFINE_list("rows", ["1", "2", "4", "8", "16", "32", "64"],
-                      "Tokens of a decoding step to tune for. top_k and norm have rows of their own.")
+                      "Tokens of a decoding step to tune for; products with packed weights take up to 512. top_k and norm have "
+                      "rows of their own.")
     flags.DEFINE_list("group_sizes", ["128"], "Rows of a 4-bit weight that share a scale; -1 is all.")
     flags.DEFINE_string("output", None, "Write DIR/OP/tuned/DEVICE.json, with what the package's table has in it. Default: the "
                         "package's tables themselves.")
-    flags.DEFINE_bool("all", False, "Tune problems again that the tables have.")
+    flags.DEFINE_bool("missing", True, "Tune what the tables lack, and nothing that they have.")
+    flags.DEFINE_bool("all", False, "Tune problems again that the tables have, like --nomissing.")
     flags.DEFINE_integer("candidates", 200, "Configs to try of a problem at most: where there are more, a random third, then "
                          "neighbours of the best.", lower_bound=1)
     flags.DEFINE_float("budget_s", None, "Seconds to spend; a problem that they do not suffice for is left. Default: no limit.",

@@ -159,7 +159,7 @@ def _measure(settings: Settings, target: sm.Model, drafter: Drafter, method: str
         engine = sm.Engine(target, drafter, config, slots=batch)
     with engine:
         start = time.perf_counter()
-        engine.warm_up()
+        engine.warm_up(draws=False)
         warm_up = time.perf_counter() - start
         rng = np.random.default_rng(batch)
 
