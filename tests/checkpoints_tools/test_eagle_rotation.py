@@ -44,7 +44,8 @@ def made_for(version, directory, *, tied=False):
     return version, HEADS[version], base, convert(base, directory / "plain"), rotate(base, directory / "rotated", seed=2)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("eagle2", marks=pytest.mark.slow), "eagle3", "eagle2, tied"])
+@pytest.fixture(scope="module", params=[
+    "eagle2, tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eagle2", "eagle3"))])
 def family(request, tmp_path_factory):
     return made_for(int(request.param[5]), tmp_path_factory.mktemp("family"), tied="tied" in request.param)
 

@@ -69,6 +69,7 @@ def logits_error(found, expected) -> float:
     return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
 
+@pytest.mark.slow  # test_quantizers has a layer of each format
 def test_gptq_comes_nearer_to_the_model_than_rounding(tmp_path, small, calibration):
     tokens = calibration.read(command._tokenizer(command.open_source(small)), sm.LlamaConfig.from_directory(small)).tokens[0]
     expected = sm.logits(sm.load(convert(small, tmp_path / "plain")), tokens)

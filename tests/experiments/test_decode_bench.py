@@ -196,6 +196,7 @@ def test_the_command_measures_a_directory_of_sizes(tmp_path):
     assert "given as 10 GB/s" in result.stdout and result.stdout.count("T_v(2)") == 4
 
 
+@pytest.mark.slow
 def test_a_rounded_lm_head_is_the_targets_and_its_eagle2_heads():
     asked = settings(precisions=("w4a16",), methods=("eagle2",), parts=("verify", "draft"), rows=(2,), runs=1,
                      drafting=dataclasses.replace(DRAFTING, vocabulary=None))

@@ -22,6 +22,7 @@ def console(monkeypatch) -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+@pytest.mark.slow
 def test_every_op_is_timed_and_told(console, tmp_path):
     lines = kernel_bench.run(FEW, list(OPS), ["tiny"], tmp_path / "figures.json", console)
     figures = json.loads((tmp_path / "figures.json").read_text())

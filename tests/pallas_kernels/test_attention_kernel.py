@@ -141,7 +141,7 @@ def test_cpu_time_follows_the_live_length():
 
     def seconds(length: int) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(20):  # the least of them, for other processes have a share of the machine
             start = time.perf_counter()
             function(jnp.int32(length)).block_until_ready()
             times.append(time.perf_counter() - start)

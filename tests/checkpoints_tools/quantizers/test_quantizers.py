@@ -40,7 +40,8 @@ def stored(weight_format, logical, shape) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "act_order"), [(name, True) for name in QUANTISED] +
-                         [(name, False) for name in ("w4a16", "w4a16-g32", "w8a8", *TWO_LEVELS)])
+                         [pytest.param(name, False, marks=pytest.mark.slow if name != "w4a16" else ())
+                          for name in ("w4a16", "w4a16-g32", "w8a8", *TWO_LEVELS)])
 def test_gptq_errs_less_than_rounding_to_nearest_and_the_format_multiplies_by_what_it_chose(name, act_order):
     (x, weight), weight_format = layer(192, 48), formats.get(name)
     logical = Gptq(act_order=act_order).quantise(jnp.asarray(weight), hessian_of(x), grid_of(weight_format))

@@ -124,7 +124,8 @@ def test_sampled_trees_draw_the_tokens_of_plain_sampling(family):
     check_sampled(base, sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=16)))
 
 
-@pytest.mark.parametrize("family", ["eagle2", pytest.param("eagle3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["eagle2", "eagle3"], indirect=True)
 def test_a_sampled_hierarchy_draws_the_tokens_of_plain_sampling(family):
     _, base, head = family
     inner = sm.EagleDrafter(head, sm.TreeConfig(depth=3, top_k=4, size=16))

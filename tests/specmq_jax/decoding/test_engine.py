@@ -149,16 +149,16 @@ def test_penalties_are_those_of_their_definitions_on_every_path(target, pairs, n
 @pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in DRAFTERS[1:])])
 def test_short_prompts_that_wait_are_taken_in_together(target, drafters, name, monkeypatch):
     asked = [{"prompt_ids": list(range(1, 1 + length)), "max_new_tokens": 5, "stop_tokens": []}
-             for length in (3, 16, 9, 5, 40, 2, 11)]
-    asked[5]["temperature"] = 1.0  # which is taken in alone
+             for length in (3, 16, 9, 40, 2, 11)]
+    asked[4]["temperature"] = 1.0  # which is taken in alone
     config = dataclasses.replace(CONFIG, prefill_chunks=(16, 64))
     alone, passes = Alone(target, drafters[name], config), []
-    with sm.Engine(target, drafters[name], config, slots=4) as engine:
+    with sm.Engine(target, drafters[name], config, slots=2) as engine:
         admit = engine._admit
         monkeypatch.setattr(engine, "_admit", lambda *given: passes.append(len(given[2])) or admit(*given))
         tickets = [engine.submit(**request) for request in asked]
         assert [ticket.result().tokens.tolist() for ticket in tickets] == [alone.tokens(request) for request in asked]
-    assert passes[0] == 4 and sum(passes) == len(asked) and not set(passes) - {1, 2, 4}
+    assert passes[0] == 2 and sum(passes) == len(asked) and not set(passes) - {1, 2}
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_prompt_names_its_token(tiny, place):
             ask(prompt)
 
 
-@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("reproducible", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rejected_draft_that_is_not_finite_reaches_nothing(tiny, tiny_draft, answer, reproducible):
     """Wrong nodes of a tree carry tokens whose vectors are not finite, beside and before the right ones."""
     poisoned = tiny

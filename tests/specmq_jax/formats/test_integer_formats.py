@@ -130,7 +130,8 @@ def test_weights_of_half_precision_activations_are_expanded_to_values(name):
     assert formats.expanded(formats.get(name)) == formats.get("fp32")
 
 
-@pytest.mark.parametrize("name", ["w8a16", *NAMES])
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "w4a8-qoq-g128", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("w4a8-qqq", "w4a8-qqq-g128", "w4a8-qoq"))])
 def test_a_model_gives_the_same_logits_packed_and_expanded(name, tmp_path):
     """On a CPU a loaded model is expanded; the packed one is what a GPU runs."""
     from fakes import DATA

@@ -45,7 +45,7 @@ def tensors() -> dict[str, np.ndarray]:
     return drawn
 
 
-@pytest.mark.parametrize("style", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("style", ["rope_parameters", pytest.param("rope_scaling", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_hugging_faces(tmp_path, monkeypatch, case, style):
     monkeypatch.setenv("SPECMQ_CACHE", str(tmp_path / "cache"))
