@@ -96,7 +96,7 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 @pytest.mark.parametrize(("header", "part"), [
-    (json.dumps({"a": ONE, "b": ONE}), "invalid offset for tensor `b`"),
+    (json.dumps({"a": ONE, "b": ONE}), "invalid offset for tensor `"),  # of two in one place the library names either
     (json.dumps({"a": ONE | {"data_offsets": [4, 8]}}), "invalid offset for tensor `a`"),
     (json.dumps({"a": ONE | {"data_offsets": [4, 0]}}), "invalid offset for tensor `a`"),
     (json.dumps({"a": ONE | {"data_offsets": [-4, 0]}}), "invalid value"),
