@@ -460,7 +460,7 @@ class Engine:
             kept = len(lengths) if end is None else rounds_until(end, lengths)
             if isinstance(self.drafter, HierarchicalDrafter):
                 inner = self.drafter.accept_lengths(side_by_side.take(self._state.drafter, slot))
-                inner = inner[:round(len(inner) * kept / max(kept, len(lengths)))]
+                inner = inner[:round(len(inner) * kept / max(1, kept, len(lengths)))]
             everything, stopped = everything[:end], end is None and (
                 len(request.prompt) + len(everything) < request.limit or everything[-1] in request.stop_tokens)
             ticket.generation = Generation(

@@ -215,7 +215,7 @@ def test_requests_of_several_threads_are_all_answered(pairs):
     assert [found[place] for place in range(len(asked))] == [alone.tokens(request) for request in asked]
 
 
-@pytest.mark.parametrize("name", ["none", pytest.param("chain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "hierarchical"))])
 def test_an_answer_ends_where_its_function_says(pairs, name):
     (engine, alone), asked = pairs(name), requests(5, seed=5)
     for request in asked:
