@@ -75,7 +75,7 @@ def matmul(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Shape
       out_dtype: default x's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 512
-        rows of f16, 128 of bf16 or of smaller groups; more rows, or f32, are multiplied by weights expanded into x's dtype.
+        rows of f16 and groups of 128, 128 rows of others; more rows, or f32, are multiplied by weights expanded into x's dtype.
 
     Returns:
       out_dtype[M, N]; products are accumulated in f32.
@@ -116,8 +116,9 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Sh
     if chosen == "reference":
         return reference.matmul(x, packed, scales, group_size=group_size)[None]
     rows, inner = x.shape
-    # programs of more rows take one product a block, of weights that are scaled as they are unpacked
-    grows = group_size == -1 or (group_size == layout.BLOCK and x.dtype == jnp.float16)
+    # programs of more rows take one product a block, of weights that are scaled as they are unpacked, and were compared with
+    # the reference on a GPU for these alone
+    grows = group_size == layout.BLOCK and x.dtype == jnp.float16
     most = transposed.MAX_ROWS if grows or reproducible else 2 * transposed.BLOCK_ROWS
     if rows > most or x.dtype == jnp.float32:
         weights = expansion.dequantise(packed, scales, inner=inner, group_size=group_size, dtype=x.dtype,

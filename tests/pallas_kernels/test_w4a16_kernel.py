@@ -65,7 +65,7 @@ def check(shape: tuple, dtype, config: Config | None, implementation: str) -> No
     assert partials.dtype == jnp.float32
     # weights scaled in a half precision are rounded once more
     scale_planes = config.scale_planes if config else rows > BLOCK_ROWS
-    most = MAX_ROWS if group_size == -1 or (group_size == 128 and dtype == jnp.float16) else 2 * BLOCK_ROWS
+    most = MAX_ROWS if group_size == 128 and dtype == jnp.float16 else 2 * BLOCK_ROWS
     rounded = dtype != jnp.float32 and (rows > most or scale_planes)
     tolerance = 2e-5 if not rounded else 3e-4 if dtype == jnp.float16 else 3e-3
     assert relative_error(np.asarray(partials, np.float64).sum(0), expected) < tolerance

@@ -87,10 +87,11 @@ def rounded(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("inner", "outputs"), LLAMA_8B + SMOLLM + [(130, 17)])
 def test_each_lowers_to_one_launch(inner, outputs):
-    for rows in (30, 300):
+    for rows, config in ((30, None), (300, Config(block_m=128))):
         avals = (jax.ShapeDtypeStruct((rows, inner), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32),
                  jax.ShapeDtypeStruct((outputs, inner), jnp.int8), jax.ShapeDtypeStruct((outputs,), jnp.float32))
-        assert launches(cuda_text(lambda *operands: matmul_partials(*operands, implementation="kernel"), *avals)) == 1
+        product = functools.partial(matmul_partials, config=config, implementation="kernel")
+        assert launches(cuda_text(product, *avals)) == 1
     x = jax.ShapeDtypeStruct((30, inner), jnp.float16)
     assert launches(cuda_text(lambda x: quantise_rows(x, implementation="kernel"), x)) == 1
     peaks = jax.ShapeDtypeStruct((30, 5), jnp.float32)
