@@ -88,8 +88,8 @@ def run(found: Sequence[Problem], tables: Tables, search: Search, *, retune: boo
     known = {op: tables.read(op) for op in dict.fromkeys(problem.op for problem in found)}
     pending = [problem for problem in found if retune or not known[problem.op].keys() >= set(problem.keys)]
     if len(pending) < len(found):
-        print(f"{len(found) - len(pending)} of {count(len(found), 'problem')} skipped: in the tables already (--all tunes "
-              "again)", flush=True)
+        print(f"{len(found) - len(pending)} of {count(len(found), 'problem')} skipped: in the tables already (--nomissing "
+              "tunes again)", flush=True)
     for op in dict.fromkeys(problem.op for problem in pending):
         tables.prepare(op)
     for done, problem in enumerate(pending):
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     places = ", ".join(str(tables.path(op)) for op in ops)
     print(f"{jax.devices()[0].device_kind}: {count(len(found), 'problem')}, into {places}", flush=True)
     deadline = time.monotonic() + given.budget_s if given.budget_s else None
-    run(found, tables, Search(most=given.candidates, deadline=deadline), retune=given.all or not given.missing)
+    run(found, tables, Search(most=given.candidates, deadline=deadline), retune=not given.missing)
 
 
 def declare_flags() -> None:
@@ -146,8 +146,7 @@ def declare_flags() -> None:
     flags.DEFINE_list("group_sizes", ["128"], "Rows of a 4-bit weight that share a scale; -1 is all.")
     flags.DEFINE_string("output", None, "Write DIR/OP/tuned/DEVICE.json, with what the package's table has in it. Default: the "
                         "package's tables themselves.")
-    flags.DEFINE_bool("missing", True, "Tune what the tables lack, and nothing that they have.")
-    flags.DEFINE_bool("all", False, "Tune problems again that the tables have, like --nomissing.")
+    flags.DEFINE_bool("missing", True, "Tune what the tables lack; --nomissing tunes all again.")
     flags.DEFINE_integer("candidates", 200, "Configs to try of a problem at most: where there are more, a random third, then "
                          "neighbours of the best.", lower_bound=1)
     flags.DEFINE_float("budget_s", None, "Seconds to spend; a problem that they do not suffice for is left. Default: no limit.",
