@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import launch
 from pallas_kernels.attention.mask import WORD
 
-_LEAST_SHARES = 4
+_SHARE, _LEAST_OF_SHARE = 1024, 128
+"""Keys of a share where a slot has as many as its cache can hold, and those below which a sequence is not cut."""
 MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 LOG2_E = math.log2(math.e)  # the hardware's exponential has base 2
 
@@ -32,34 +33,41 @@ class Config:
       block_m: (row, head) pairs in a tile, a power of two of at least 16.
       block_k: keys in a loop iteration, a power of two of at least 16.
       splits: shares of the live keys, each a program of its own.
+      least_blocks: of `block_k` keys that a share has, where there are as many; of a shorter sequence other shares are empty.
       num_warps, num_stages: Triton's.
     """
 
     block_m: int = 16
     block_k: int = 64
     splits: int = 8
+    least_blocks: int = 1
     num_warps: int = 4
     num_stages: int = 2
 
     def __post_init__(self):
         launch.check_powers_of_two(self, block_m=16, block_k=16)
-        if self.splits < 1:
-            raise ValueError(f"splits is {self.splits}; expected at least 1")
+        for name in ("splits", "least_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
 
 def heuristic(rows: int, heads: int, kv_heads: int, max_len: int, dtype: jnp.dtype, sequences: int = 1) -> Config:
     """A config that starts about two programs for each of about 132 SMs, for `rows` of each sequence.
 
-    Of several sequences one may be far longer than the others, and is cut in as many shares as keep its programs busy.
+    Of several sequences one may be a hundred times as long as the others: it is cut in more shares than they are.
     """
     pairs = rows * heads // kv_heads
     # f32 products run outside the tensor cores, where a larger tile spills its registers.
     largest, block_k = (16, 32) if dtype == jnp.float32 else (64, 64)
     block_m = min(largest, max(16, launch.power_of_two(pairs)))
     tiles = pl.cdiv(pairs, block_m) * kv_heads * sequences
-    least = 1 if sequences == 1 else _LEAST_SHARES
-    splits = min(max(least, pl.cdiv(264, tiles)), 32, pl.cdiv(max_len, block_k))
-    return Config(block_m=block_m, block_k=block_k, splits=splits)
+    if sequences == 1:
+        return Config(block_m=block_m, block_k=block_k, splits=min(pl.cdiv(264, tiles), 32, pl.cdiv(max_len, block_k)))
+    splits = min(max(1, 1024 // tiles, pl.cdiv(max_len, _SHARE)), 32, pl.cdiv(max_len, _LEAST_OF_SHARE))
+    # few rows of many sequences: small programs, of which an SM holds many
+    block_k, num_warps = (32, 2) if tiles >= 256 and block_m == 16 else (block_k, 4)
+    return Config(block_m=block_m, block_k=block_k, splits=splits, num_warps=num_warps,
+                  least_blocks=_LEAST_OF_SHARE // block_k)
 
 
 def _exp2_of_sum(values: Float[Array, "M N"], factor: float, others: Float[Array, "M 1"], *, inline_asm: bool
@@ -100,7 +108,7 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: b
     last_row = tail if tree else jnp.minimum(rows, ((tile + 1) * config.block_m - 1) // group + 1)
     live = jnp.minimum(length + last_row, max_len)
     blocks = pl.cdiv(live, config.block_k)
-    each = pl.cdiv(blocks, config.splits)
+    each = jnp.maximum(pl.cdiv(blocks, config.splits), config.least_blocks)
     first, last = split * each, jnp.minimum((split + 1) * each, blocks)
     committed = jnp.clip(length // config.block_k, first, jnp.maximum(first, last))
 
@@ -148,12 +156,12 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: b
         return
     total_ref, largest_ref, sum_ref = refs
     part = split * q_ref.shape[0] + q_row
-    plgpu.store(total_ref.at[part, lane], total, mask=pair_mask)
+    plgpu.store(total_ref.at[part, lane], total, mask=pair_mask & (first < last) if sequences > 1 else pair_mask)
     plgpu.store(largest_ref.at[part], (largest * exponent)[:, None], mask=pair_mask)
     plgpu.store(sum_ref.at[part], weight_sum[:, None], mask=pair_mask)
 
 
-def _combine_body(total_ref, largest_ref, sum_ref, out_ref, *, splits: int):
+def _combine_body(total_ref, largest_ref, sum_ref, out_ref, *, splits: int, may_be_empty: bool):
     q_rows, head_dim = out_ref.shape
     q_row = pl.program_id(0)
     split = jnp.arange(launch.power_of_two(splits))
@@ -163,6 +171,7 @@ def _combine_body(total_ref, largest_ref, sum_ref, out_ref, *, splits: int):
     decay = jnp.exp2(largest - jnp.max(largest))
     weight_sum = jnp.sum(decay * plgpu.load(sum_ref.at[part], mask=mask, other=0))
     lane = jnp.arange(head_dim)
+    mask &= largest > MASKED / 1e6 if may_be_empty else True  # nothing else is as low, whatever the scale
     totals = plgpu.load(total_ref.at[part[:, None], lane[None, :]], mask=mask[:, None], other=0)
     total = jnp.sum(totals * decay[:, None], axis=0)
     plgpu.store(out_ref.at[q_row, lane], (total / jnp.where(weight_sum == 0, 1.0, weight_sum)).astype(out_ref.dtype))
@@ -192,6 +201,6 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_c
         name="attention")
     if config.splits > 1:
         out = launch.call(
-            functools.partial(_combine_body, splits=config.splits), out, out_shape=[flat], grid=(rows * heads,),
-            num_warps=1, num_stages=1, interpret=interpret, name="attention_combine")
+            functools.partial(_combine_body, splits=config.splits, may_be_empty=sequences > 1), out, out_shape=[flat],
+            grid=(rows * heads,), num_warps=1, num_stages=1, interpret=interpret, name="attention_combine")
     return out[0].reshape(q.shape)
