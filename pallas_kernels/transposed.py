@@ -31,8 +31,8 @@ class Config:
     """How a product is cut, whatever its weights are.
 
     Attributes:
-      block_m: rows a program computes where there are so many, a power of two of at least 16. The others are another program's,
-        which finds the weights in the L2 cache.
+      block_m: rows a program computes at most, a power of two of at least 16. The others are another program's, which finds the
+        weights in the L2 cache.
       block_n: outputs a program computes, a power of two of at least 16.
       split_k: shares of K; fewer come out when K has fewer blocks.
       num_warps: they share the outputs of a program.
@@ -103,7 +103,7 @@ class Cut:
       share: its number among the shares of K.
       first, last: its blocks of K, the last not with it.
       output: i32[block_n], numbers of its outputs; output_mask: which there are, None for all.
-      row: i32[block_m], numbers of the rows; row_mask: likewise.
+      row: i32[m], numbers of the rows, a power of two of them; row_mask: likewise.
       block_k, inner: columns of K in a block, and all of them.
     """
 
@@ -183,19 +183,55 @@ def _load_vector(ref: Any, leading: tuple[Array, ...], index: Array, mask: Array
     return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else 0)
 
 
-def cut(rows: int, inner: int, outputs: int, config: Config, *, block_k: int, shares: int, least_rows: int = 8) -> Cut:
-    """The present program's part, inside a kernel on a `grid`; `least_rows` is the least size of its axis of rows."""
+def cut(rows: int, inner: int, outputs: int, config: Config, *, block_k: int, shares: int, least_rows: int = 8) -> list[Cut]:
+    """The present program's part, inside a kernel on a `grid`, once for each of its `row_parts` of at least `least_rows`."""
     blocks = pl.cdiv(inner, block_k)
     each = pl.cdiv(blocks, shares)
     share = pl.program_id(2)
     output = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)
-    block_m = max(least_rows, min(tuned_rows(rows), config.block_m))
-    row = jnp.arange(block_m)
-    if rows > config.block_m:
-        row += pl.program_id(0) * config.block_m
-    return Cut(share=share, first=share * each, last=jnp.minimum((share + 1) * each, blocks), output=output,
-               output_mask=None if outputs % config.block_n == 0 else output < outputs, row=row,
-               row_mask=None if rows % block_m == 0 else row < rows, block_k=block_k, inner=inner)
+    sizes = row_parts(rows, config)
+    found = []
+    for size, start in zip(sizes, itertools.accumulate(sizes, initial=0), strict=False):
+        row = start + jnp.arange(max(least_rows, size))
+        if rows > config.block_m:
+            row += pl.program_id(0) * sum(sizes)
+        found.append(Cut(
+            share=share, first=share * each, last=jnp.minimum((share + 1) * each, blocks), output=output,
+            output_mask=None if outputs % config.block_n == 0 else output < outputs, row=row,
+            row_mask=None if rows % max(least_rows, sum(sizes)) == 0 else row < rows, block_k=block_k, inner=inner))
+    return found
+
+
+def accumulated(totals: Sequence[Array], weights: Array, ref: Any, column: Int32[Array, "k"], parts: Sequence[Cut]
+                ) -> list[Array]:
+    """The sums of all parts, with the product of weights [n, k] and the rows' values at these columns of K."""
+    return [total + plgpu.dot(weights, part.activations(ref, column)) for total, part in zip(totals, parts, strict=True)]
+
+
+def zeros(parts: Sequence[Cut], dtype: Any) -> list[Array]:
+    """Sums of nothing, [n, m] of each part."""
+    return [jnp.zeros((len(part.output), len(part.row)), dtype) for part in parts]
+
+
+def in_one_order(config: Any, rows: int) -> Any:
+    """A config for so many rows that adds up as `config` does for up to `BLOCK_ROWS` of them.
+
+    What keeps the order is the cut of K, and one instruction: a warpgroup's product adds up alike for any number of rows, and
+    other than a warp's does.
+    """
+    if rows <= BLOCK_ROWS or config.block_n < 64 or config.num_warps % 4:
+        return config
+    return dataclasses.replace(config, block_m=2 * BLOCK_ROWS, num_stages=min(3, config.num_stages))
+
+
+def row_parts(rows: int, config: Config) -> tuple[int, ...]:
+    """Rows of a program, in one power of two or in two, so that 96 and 192 rows don't cost what 128 and 256 do."""
+    each = pl.cdiv(rows, pl.cdiv(rows, config.block_m))
+    whole = max(8, launch.power_of_two(each))
+    half, quarter = whole // 2, whole // 4
+    if whole > BLOCK_ROWS and each <= half + quarter:
+        return half, quarter
+    return (whole,)
 
 
 def grid(rows: int, outputs: int, config: Config, *, shares: int) -> tuple[int, int, int]:

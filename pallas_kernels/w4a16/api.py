@@ -1,7 +1,5 @@
 """Products of half-precision activations with symmetric 4-bit weights."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt8
@@ -128,8 +126,7 @@ def _partials(x: Float[Array, "M K"], packed: Int32[Array, "B N 16"], scales: Sh
         return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
                                    precision="highest" if x.dtype == jnp.float32 else None)[None]
     if reproducible:
-        # One config for all: one instruction, which adds up in one order whatever the number of rows.
-        config = dataclasses.replace(_config(transposed.BLOCK_ROWS, inner, packed.shape[1], group_size), least_rows=16)
+        config = kernel.in_one_order(_config(transposed.BLOCK_ROWS, inner, packed.shape[1], group_size), rows)
     config = config or _config(rows if grows else min(rows, transposed.BLOCK_ROWS), inner, packed.shape[1], group_size)
     dtype = unsplit_dtype if kernel.shares(inner, config) == 1 else split_dtype
     return kernel.matmul_partials(x, packed, scales, group_size=group_size, out_dtype=dtype, config=config,

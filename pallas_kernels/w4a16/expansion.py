@@ -16,7 +16,7 @@ _CUT = transposed.Config()
 
 def _body(packed_ref, scales_ref, out_ref, *, group_size: int):
     columns, inner = out_ref.shape
-    mine = transposed.cut(1, inner, columns, _CUT, block_k=layout.BLOCK, shares=packed_ref.shape[0])
+    [mine] = transposed.cut(1, inner, columns, _CUT, block_k=layout.BLOCK, shares=packed_ref.shape[0])
     block = mine.first  # a share is a block
     planes = planes_of(mine.tile(packed_ref, block, jnp.arange(layout.WORDS)), jnp.float16, inline_asm=False)
     for number, plane in enumerate(planes):

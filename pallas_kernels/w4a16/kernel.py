@@ -26,7 +26,8 @@ class Config(transposed.Config):
 
     Attributes:
       scale_planes: scales the weights, in f16, instead of each group's f32 partial product: fewer registers and one
-        uninterrupted accumulation, worth its roundings (2^-12 of a weight) at most from about 32 rows on; f16 activations only.
+        uninterrupted accumulation, worth its roundings (2^-12 of a weight) at most from about 32 rows on; in f16 and groups of
+        128 only.
       pipelined_scales: loads the scales of groups together with their weights, `num_stages` ahead; else with the block before.
       least_rows: of x in a product, 8 or 16. A warpgroup's product has no fewer than 16 here, so that 8 are multiplied by
         another instruction, which may round in another order.
@@ -63,6 +64,14 @@ def heuristic(rows: int, inner: int, columns: int) -> Config:
     return Config(block_n=block_n, split_k=split_k, num_warps=max(1, min(warps, block_n // 32)), num_stages=3)
 
 
+def in_one_order(config: Config, rows: int) -> Config:
+    """As `transposed.in_one_order`."""
+    config = dataclasses.replace(transposed.in_one_order(config, rows), least_rows=16)
+    # a sum and a product beside it
+    return config if config.scale_planes or config.block_m <= transposed.BLOCK_ROWS else dataclasses.replace(
+        config, block_n=64, num_warps=4)
+
+
 def candidates(rows: int, inner: int, columns: int) -> list[Config]:
     """Configs worth timing: shapes of a program that have won somewhere, with every split that fills the GPU about once."""
     if rows <= 16:
@@ -86,15 +95,17 @@ def shares(inner: int, config: Config) -> int:
 def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size: int, shares: int, interpret: bool):
     rows, inner = x_ref.shape
     columns = packed_ref.shape[1]
-    mine = transposed.cut(rows, inner, columns, config, block_k=layout.BLOCK, shares=shares,
-                          least_rows=config.least_rows)
+    parts = transposed.cut(rows, inner, columns, config, block_k=layout.BLOCK, shares=shares, least_rows=config.least_rows)
+    mine = parts[0]
     inline_asm = config.inline_asm and not interpret
-    scale_planes = config.scale_planes and x_ref.dtype == jnp.float16
     scaled = group_size != -1
     pipelined_scales = config.pipelined_scales and scaled
     group_planes = group_size // layout.PLANE_ROWS if scaled else layout.PLANES
     groups = layout.PLANES // group_planes  # of a block
     group_rows = layout.BLOCK // groups
+    # Triton leaves a product whose sum only another product reads in flight beyond the loop's end, where weights in registers
+    # are overwritten under it: several products a block are read by their scaling.
+    scale_planes = config.scale_planes and x_ref.dtype == jnp.float16 and groups == 1
 
     def words_of(block: Array) -> list[Array]:
         """The words that hold a block's scales, vectors of columns; past the last group nobody reads them."""
@@ -106,8 +117,8 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
     def scales_of(words: list[Array], block: Array, group: int) -> Array:
         return layout.half_of(words[group // 2], 16 * (block % 2 if groups == 1 else group % 2))
 
-    def step(block: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        total, words = carry
+    def step(block: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+        totals, words = carry
         if pipelined_scales:
             words = words_of(block)
         # The next block's scales are asked for before this one's weights are used, where no pipeline does it for them.
@@ -119,20 +130,19 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
             scales = scales_of(words, block, group) if scaled else None
             if scaled and scale_planes:
                 own = [plane * scales.astype(plane.dtype)[:, None] for plane in own]
-            k = block * layout.BLOCK + group * group_rows + jnp.arange(group_rows)
-            part = plgpu.dot(joined(own), mine.activations(x_ref, k))
+            weights, k = joined(own), block * layout.BLOCK + group * group_rows + jnp.arange(group_rows)
             if scaled and not scale_planes:
-                total = multiply_add(part, scales.astype(jnp.float32)[:, None], total, inline_asm=inline_asm)
+                factors = scales.astype(jnp.float32)[:, None]
+                totals = [multiply_add(plgpu.dot(weights, part.activations(x_ref, k)), factors, total, inline_asm=inline_asm)
+                          for part, total in zip(parts, totals, strict=True)]
             else:
-                total += part
-        return total, following
+                totals = transposed.accumulated(totals, weights, x_ref, k, parts)
+        return totals, following
 
-    zeros = jnp.zeros((config.block_n, len(mine.row)), jnp.float32)
     start = words_of(mine.first) if scaled and not pipelined_scales else []
-    total, _ = jax.lax.fori_loop(mine.first, mine.last, step, (zeros, start))
-    if not scaled:
-        total *= mine.per_output(scales_ref, jnp.int32(0))[:, None]
-    mine.store(out_ref, total, rows)
+    totals, _ = jax.lax.fori_loop(mine.first, mine.last, step, (transposed.zeros(parts, jnp.float32), start))
+    for part, total in zip(parts, totals, strict=True):
+        part.store(out_ref, total if scaled else total * mine.per_output(scales_ref, jnp.int32(0))[:, None], rows)
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "out_dtype", "config", "interpret"))

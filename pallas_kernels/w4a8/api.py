@@ -1,5 +1,6 @@
 """Products of per-token 8-bit activations with 4-bit weights that are multiplied as 8-bit integers."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,6 @@ from pallas_kernels.partials import stored, sums_dtype
 from pallas_kernels.w4a8 import expansion, kernel, reference
 from pallas_kernels.w4a8.layout import BLOCK, check_packed
 
-MOST_ROWS = 2 * transposed.BLOCK_ROWS
-"""Programs of more than 64 rows are there (`kernel.Config.block_m`), and wait for a GPU to show that they are right."""
-
 
 def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: Int32[Array, "P M"] | None,
                      packed: UInt8[Array, "B N 64"], scales: Float[Array, "N"], offsets: Float[Array, "N"] | None, *,
@@ -21,7 +19,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     """q @ w^T times both scales with w = code * scale - offset, as split-K partial products.
 
     A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
-    is the same for every number of rows up to 128, and so are the bits of a row. `config` is then left out.
+    is the same for every number of rows up to 512, and so are the bits of a row. `config` is then left out.
 
     Args:
       q, row_scales, sums: from `w8a8.quantise_rows`; sums over P are of whole rows, where there are offsets.
@@ -30,8 +28,8 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
       offsets: f32[N], or None for 8 * scales.
       halves: gives the sums in f16, NaN beyond its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128 rows,
-        and more with a `config`; for the others another one makes integers of the codes, and XLA multiplies them.
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 512 rows; for
+        more, another one makes integers of the codes, and XLA multiplies them.
 
     Returns:
       f32[S, M, N], f16 where `halves`.
@@ -44,7 +42,7 @@ def channel_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums:
     for name, vector in (("scales", scales), ("offsets", offsets)):
         _check("float32", name, vector, jnp.float32, packed.shape[1:2])
     chosen = launch.choose(implementation)
-    if chosen == "reference" or (len(q) > MOST_ROWS and config is None):
+    if chosen == "reference" or len(q) > transposed.MAX_ROWS:
         integers = _integers(packed, None, q.shape[1], offsets is not None, chosen)
         return stored(reference.channel_product(q, row_scales, sums, integers, scales, offsets), sums_dtype(halves))[None]
     config = config or _config(q, packed, "channel", offsets is not None, reproducible)
@@ -84,7 +82,7 @@ def group_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], sums: I
     _check("float32", "channel_scales", channel_scales, jnp.float32, packed.shape[1:2])
     _check("int32", "saturates", saturates, jnp.int32, (1,))
     chosen = launch.choose(implementation)
-    if chosen == "reference" or (len(q) > MOST_ROWS and config is None):
+    if chosen == "reference" or len(q) > transposed.MAX_ROWS:
         integers = _integers(packed, groups, q.shape[1], zeros, chosen)
         return stored(reference.group_product(q, row_scales, integers, channel_scales), sums_dtype(halves))[None]
     config = config or _config(q, packed, "groups", zeros, reproducible)
@@ -111,9 +109,13 @@ def _integers(packed: UInt8[Array, "B N 64"], groups: Int32[Array, "G N"] | None
 
 def _config(q: Array, packed: Array, scales: str, zeros: bool, reproducible: bool) -> kernel.Config:
     (rows, inner), outputs = q.shape, packed.shape[1]
-    rows = transposed.BLOCK_ROWS if reproducible else min(rows, transposed.BLOCK_ROWS)
-    fields = launch.tuned("w4a8", tuning_key(rows, inner, outputs, scales, zeros))
-    return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
+
+    def of(rows: int) -> kernel.Config:
+        fields = launch.tuned("w4a8", tuning_key(rows, inner, outputs, scales, zeros))
+        return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
+
+    # shares of K are exact: where they are the same, so are the bits
+    return dataclasses.replace(of(rows), split_k=of(transposed.BLOCK_ROWS).split_k) if reproducible else of(rows)
 
 
 def _check_rows(q: Array, row_scales: Array, sums: Array | None, parts: int | str | None) -> None:

@@ -17,7 +17,7 @@ _CUT = transposed.Config()
 def _body(packed_ref, *refs, with_zeros: bool):
     *groups_refs, out_ref = refs
     outputs, inner = out_ref.shape
-    mine = transposed.cut(1, inner, outputs, _CUT, block_k=BLOCK, shares=packed_ref.shape[0])
+    [mine] = transposed.cut(1, inner, outputs, _CUT, block_k=BLOCK, shares=packed_ref.shape[0])
     block = mine.first  # a share is a block
     packed = mine.tile(packed_ref, block, jnp.arange(HALF))
     # not in PTX, whose form wants four of one output in a register: no product is there to lay them out so

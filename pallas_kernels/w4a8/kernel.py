@@ -47,7 +47,7 @@ def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
         for shape, split_k, stages in itertools.product(transposed.program_shapes(rows), transposed.SPLITS, (3, 4))])
 
 
-def _cut(q_ref, packed_ref, config: Config, shares: int) -> transposed.Cut:
+def _cut(q_ref, packed_ref, config: Config, shares: int) -> list[transposed.Cut]:
     rows, inner = q_ref.shape
     return transposed.cut(rows, inner, packed_ref.shape[1], config, block_k=BLOCK, shares=shares)
 
@@ -56,70 +56,79 @@ def _packed(mine: transposed.Cut, packed_ref, block: Array) -> UInt8[Array, "n b
     return mine.tile(packed_ref, block, jnp.arange(HALF))
 
 
-def _start(mine: transposed.Cut) -> Int32[Array, "n m"]:
-    return jnp.zeros((len(mine.output), len(mine.row)), jnp.int32)
-
-
 def _channel_body(q_ref, row_scales_ref, packed_ref, scales_ref, *refs, config: Config, shares: int, inline_asm: bool):
     *zeros_refs, out_ref = refs
-    mine = _cut(q_ref, packed_ref, config, shares)
+    parts = _cut(q_ref, packed_ref, config, shares)
+    mine = parts[0]
 
-    def step(block: Array, total: Array) -> Array:
+    def step(block: Array, totals: list[Array]) -> list[Array]:
         weights = joined(list(centred_of(_packed(mine, packed_ref, block), inline_asm=inline_asm)))
-        return total + plgpu.dot(weights, mine.activations(q_ref, mine.column(block)))
+        return transposed.accumulated(totals, weights, q_ref, mine.column(block), parts)
 
-    total = jax.lax.fori_loop(mine.first, mine.last, step, _start(mine)) >> 4  # every integer is 16-fold
-    scales, row_scales = mine.per_output(scales_ref), mine.per_row(row_scales_ref)
-    product = scaled(total, scales, row_scales)
-    if zeros_refs:
-        sums_ref, offsets_ref = zeros_refs
-        parts = sum(mine.per_row(sums_ref, part) for part in range(sums_ref.shape[0]))
-        # one share answers for all that was centred
-        sums = jnp.where(mine.share == 0, parts, 0).astype(jnp.float32) * row_scales
-        product += sums[None, :] * (8 * scales - mine.per_output(offsets_ref))[:, None]
-    mine.store(out_ref, product, q_ref.shape[0])
+    totals = jax.lax.fori_loop(mine.first, mine.last, step, transposed.zeros(parts, jnp.int32))
+    scales = mine.per_output(scales_ref)
+    for part, total in zip(parts, totals, strict=True):
+        row_scales = part.per_row(row_scales_ref)
+        product = scaled(total >> 4, scales, row_scales)  # every integer is 16-fold
+        if zeros_refs:
+            sums_ref, offsets_ref = zeros_refs
+            row_sums = sum(part.per_row(sums_ref, chunk) for chunk in range(sums_ref.shape[0]))
+            # one share answers for all that was centred
+            row_sums = jnp.where(mine.share == 0, row_sums, 0).astype(jnp.float32) * row_scales
+            product += row_sums[None, :] * (8 * scales - mine.per_output(offsets_ref))[:, None]
+        part.store(out_ref, product, q_ref.shape[0])
 
 
 def _scaled_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_scales_ref, saturates_ref, out_ref, *,
                         config: Config, shares: int, inline_asm: bool):
-    mine = _cut(q_ref, packed_ref, config, shares)
+    parts = _cut(q_ref, packed_ref, config, shares)
+    mine = parts[0]
 
-    def summed(saturating: bool) -> Int32[Array, "n m"]:
-        def step(block: Array, total: Array) -> Array:
+    def summed(saturating: bool) -> list[Array]:
+        def step(block: Array, totals: list[Array]) -> list[Array]:
             halves = rounded_of(_packed(mine, packed_ref, block), mine.per_output(groups_ref, block), saturating=saturating,
                                 inline_asm=inline_asm)
-            return total + plgpu.dot(joined(list(halves)), mine.activations(q_ref, mine.column(block)))
+            return transposed.accumulated(totals, joined(list(halves)), q_ref, mine.column(block), parts)
 
-        return jax.lax.fori_loop(mine.first, mine.last, step, _start(mine))
+        return jax.lax.fori_loop(mine.first, mine.last, step, transposed.zeros(parts, jnp.int32))
 
     # few tensors have an integer past 8 bits, and holding it there is a third of the work
-    total = jax.lax.cond(saturates_ref[0] != 0, lambda: summed(True), lambda: summed(False))
-    mine.store(out_ref, scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
-               q_ref.shape[0])
+    totals = jax.lax.cond(saturates_ref[0] != 0, lambda: summed(True), lambda: summed(False))
+    _store_scaled(out_ref, totals, parts, channel_scales_ref, row_scales_ref)
 
 
 def _zeroed_groups_body(q_ref, row_scales_ref, packed_ref, groups_ref, channel_scales_ref, sums_ref, out_ref, *,
                         config: Config, shares: int, inline_asm: bool):
-    mine = _cut(q_ref, packed_ref, config, shares)
+    parts = _cut(q_ref, packed_ref, config, shares)
+    mine = parts[0]
     last_group = sums_ref.shape[0] - 1
 
-    def numbers(block: Array) -> tuple[Array, Array]:
+    def numbers(block: Array) -> tuple[list[Array], Array]:
         block = jnp.minimum(block, last_group)  # past the last group nobody reads them
-        return mine.per_row(sums_ref, block), mine.per_output(groups_ref, block)
+        return [part.per_row(sums_ref, block) for part in parts], mine.per_output(groups_ref, block)
 
-    def step(block: Array, carry: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
-        total, (sums, words) = carry
+    def step(block: Array, carry: tuple[list[Array], tuple[list[Array], Array]]
+             ) -> tuple[list[Array], tuple[list[Array], Array]]:
+        totals, (sums, words) = carry
         following = numbers(block + 1)
         if config.pipelined_scales:
             words = mine.per_output_ahead(groups_ref, block, num_warps=config.num_warps)
-        codes = codes_of(_packed(mine, packed_ref, block), words if config.pipelined_scales else None, inline_asm=inline_asm)
+        codes = joined(list(codes_of(_packed(mine, packed_ref, block), words if config.pipelined_scales else None,
+                                     inline_asm=inline_asm)))
         # The sum of q * scale + zero is taken apart, so that a weight costs no more than its unpacking.
-        part = plgpu.dot(joined(list(codes)), mine.activations(q_ref, mine.column(block)))
-        return total + part * (words & 0xFFFF)[:, None] + (words >> 16)[:, None] * sums[None, :], following
+        products = [plgpu.dot(codes, part.activations(q_ref, mine.column(block))) for part in parts]
+        scales, offsets = (words & 0xFFFF)[:, None], (words >> 16)[:, None]
+        return [total + product * scales + offsets * each[None, :]
+                for total, product, each in zip(totals, products, sums, strict=True)], following
 
-    total, _ = jax.lax.fori_loop(mine.first, mine.last, step, (_start(mine), numbers(mine.first)))
-    mine.store(out_ref, scaled(total, mine.per_output(channel_scales_ref), mine.per_row(row_scales_ref)),
-               q_ref.shape[0])
+    totals, _ = jax.lax.fori_loop(mine.first, mine.last, step, (transposed.zeros(parts, jnp.int32), numbers(mine.first)))
+    _store_scaled(out_ref, totals, parts, channel_scales_ref, row_scales_ref)
+
+
+def _store_scaled(out_ref, totals: list[Array], parts: list[transposed.Cut], channel_scales_ref, row_scales_ref) -> None:
+    scales = parts[0].per_output(channel_scales_ref)
+    for part, total in zip(parts, totals, strict=True):
+        part.store(out_ref, scaled(total, scales, part.per_row(row_scales_ref)), row_scales_ref.shape[0])
 
 
 @functools.partial(jax.jit, static_argnames=("halves", "config", "interpret"))

@@ -8,9 +8,6 @@ from jaxtyping import Array, Float, Int8
 from pallas_kernels import dense, launch, transposed
 from pallas_kernels.w8a16 import kernel, reference
 
-MOST_ROWS = 2 * transposed.BLOCK_ROWS
-"""Programs of more than 64 rows are there (`kernel.Config.block_m`), and wait for a GPU to show that they are right."""
-
 
 def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: Float[Array, "N"], *,
                     config: kernel.Config | None = None, implementation: str | None = None, reproducible: bool = False
@@ -18,7 +15,7 @@ def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: 
     """x @ (values * scales)^T as split-K partial products whose sum over S is the product.
 
     S depends on the shapes and the device only. With `reproducible` it is the same for every number of rows up to
-    `MOST_ROWS`, and so are the bits of a row; more rows give other bits, which depend on the shapes alone. `config`
+    `transposed.MAX_ROWS`, and so are the bits of a row; more rows give other bits, which depend on the shapes alone. `config`
     is then left out. The reference promises no bits.
 
     Args:
@@ -26,7 +23,7 @@ def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: 
       values: int8[N, K], a row for each output.
       scales: f32[N].
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 128 rows;
+      implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel takes up to 512 rows;
         more are multiplied by weights expanded to f16.
 
     Returns:
@@ -44,16 +41,16 @@ def matmul_partials(x: Float[Array, "M K"], values: Int8[Array, "N K"], scales: 
     chosen, (rows, inner), outputs = launch.choose(implementation), x.shape, values.shape[0]
     if chosen == "reference":
         return reference.matmul(x, values, scales)[None]
-    if rows > MOST_ROWS and config is None:
+    if rows > transposed.MAX_ROWS:
         if reproducible:
             partials = dense.matmul_partials(x, values.astype(x.dtype), transposed=True, reproducible=True,
                                              implementation=implementation)
             return partials * scales
         return reference.matmul(x, values, scales)[None]
     if reproducible:
-        # one config for all: one instruction, which adds up in one order whatever the number of rows
-        config = dataclasses.replace(_config(transposed.BLOCK_ROWS, inner, outputs), least_rows=16)
-    return kernel.matmul_partials(x, values, scales, config=config or _config(min(rows, transposed.BLOCK_ROWS), inner, outputs),
+        config = transposed.in_one_order(_config(transposed.BLOCK_ROWS, inner, outputs), rows)
+        config = dataclasses.replace(config, least_rows=16)
+    return kernel.matmul_partials(x, values, scales, config=config or _config(rows, inner, outputs),
                                   interpret=chosen == "interpret")
 
 

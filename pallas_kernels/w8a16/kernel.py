@@ -47,19 +47,21 @@ def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
 
 def _body(x_ref, values_ref, scales_ref, out_ref, *, config: Config, shares: int, interpret: bool):
     rows, inner = x_ref.shape
-    mine = transposed.cut(rows, inner, values_ref.shape[0], config, block_k=config.block_k, shares=shares,
-                          least_rows=config.least_rows)
+    parts = transposed.cut(rows, inner, values_ref.shape[0], config, block_k=config.block_k, shares=shares,
+                           least_rows=config.least_rows)
+    mine = parts[0]
 
-    def step(block: Array, total: Array) -> Array:
+    def step(block: Array, totals: list[Array]) -> list[Array]:
         column = mine.column(block)
         values = transposed.load(values_ref, mine.output[:, None], column[None, :],
                                  transposed.both(mine.output_mask, mine.inside(column)))
         weights = _halves(values, inline_asm=config.inline_asm and not interpret)
-        return total + plgpu.dot(weights, mine.activations(x_ref, column))
+        return transposed.accumulated(totals, weights, x_ref, column, parts)
 
-    zeros = jnp.zeros((config.block_n, len(mine.row)), jnp.float32)
-    total = jax.lax.fori_loop(mine.first, mine.last, step, zeros)
-    mine.store(out_ref, total * mine.per_output(scales_ref)[:, None], rows)
+    totals = jax.lax.fori_loop(mine.first, mine.last, step, transposed.zeros(parts, jnp.float32))
+    scales = mine.per_output(scales_ref)[:, None]
+    for part, total in zip(parts, totals, strict=True):
+        part.store(out_ref, total * scales, rows)
 
 
 def _halves(values: Int8[Array, "n k"], *, inline_asm: bool) -> Float[Array, "n k"]:

@@ -1,14 +1,13 @@
 """Products of per-token 8-bit activations with per-channel 8-bit weights."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import launch, transposed
 from pallas_kernels.partials import stored, sums_dtype
 from pallas_kernels.w8a8 import kernel, reference, rounding
-
-MOST_ROWS = transposed.BLOCK_ROWS
-"""Programs of more rows are there (`kernel.Config.block_m`), and wait for a GPU to show that they are right."""
 
 
 def quantise_rows(x: Float[Array, "M K"], *, peaks: Float[Array, "M C"] | None = None, sums: int | None = None,
@@ -50,7 +49,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
     """q @ values^T times both scales, as split-K partial products whose sum over S is the product.
 
     A partial product is exact in int32 and scaled in f32. S depends on the shapes and the device only; with `reproducible` it
-    is the same for every number of rows up to 64, and so are the bits of a row. `config` is then left out.
+    is the same for every number of rows up to 512, and so are the bits of a row. `config` is then left out.
 
     Args:
       q, row_scales: from `quantise_rows`.
@@ -58,8 +57,8 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
       scales: f32[N].
       halves: gives the sums in f16, NaN beyond its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: as in `quantise_rows`. The kernel takes up to 64 rows, and more with a
-        `config`; the reference multiplies the others.
+      implementation: as in `quantise_rows`. The kernel takes up to 512 rows; the reference
+        multiplies more.
 
     Returns:
       f32[S, M, N], f16 where `halves`.
@@ -75,15 +74,21 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
     if scales.shape != values.shape[:1] or scales.dtype != jnp.float32:
         raise ValueError(f"scales are {scales.dtype}{list(scales.shape)}; expected float32[{values.shape[0]}]")
     chosen, (rows, inner), outputs = launch.choose(implementation), q.shape, values.shape[0]
-    if chosen == "reference" or (rows > MOST_ROWS and config is None):
+    if chosen == "reference" or rows > transposed.MAX_ROWS:
         product = reference.product(q, values).astype(jnp.float32) * scales * row_scales[:, None]
         return stored(product, sums_dtype(halves))[None]
     if config is None:
-        rows = transposed.BLOCK_ROWS if reproducible else rows
-        fields = launch.tuned("w8a8", tuning_key(rows, inner, outputs))
-        config = kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
+        config = _config(rows, inner, outputs)
+        if reproducible:  # shares of K are exact: where they are the same, so are the bits
+            one = _config(transposed.BLOCK_ROWS, inner, outputs)
+            config = dataclasses.replace(config, block_k=one.block_k, split_k=one.split_k)
     return kernel.matmul_partials(q, row_scales, values, scales, halves=halves, config=config,
                                   interpret=chosen == "interpret")
+
+
+def _config(rows: int, inner: int, outputs: int) -> kernel.Config:
+    fields = launch.tuned("w8a8", tuning_key(rows, inner, outputs))
+    return kernel.Config(**fields) if fields else kernel.heuristic(rows, inner, outputs)
 
 
 def tuning_key(rows: int, inner: int, outputs: int) -> str:

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import launch, transposed
@@ -42,17 +41,19 @@ def candidates(rows: int, inner: int, outputs: int) -> list[Config]:
 
 def _body(q_ref, row_scales_ref, values_ref, scales_ref, out_ref, *, config: Config, shares: int):
     rows, inner = q_ref.shape
-    mine = transposed.cut(rows, inner, values_ref.shape[0], config, block_k=config.block_k, shares=shares)
+    parts = transposed.cut(rows, inner, values_ref.shape[0], config, block_k=config.block_k, shares=shares)
+    mine = parts[0]
 
-    def step(block: Array, total: Array) -> Array:
+    def step(block: Array, totals: list[Array]) -> list[Array]:
         column = mine.column(block)
         weights = transposed.load(values_ref, mine.output[:, None], column[None, :],
                                   transposed.both(mine.output_mask, mine.inside(column)))
-        return total + plgpu.dot(weights, mine.activations(q_ref, column))
+        return transposed.accumulated(totals, weights, q_ref, column, parts)
 
-    zeros = jnp.zeros((config.block_n, len(mine.row)), jnp.int32)
-    total = jax.lax.fori_loop(mine.first, mine.last, step, zeros)
-    mine.store(out_ref, scaled(total, mine.per_output(scales_ref), mine.per_row(row_scales_ref)), rows)
+    totals = jax.lax.fori_loop(mine.first, mine.last, step, transposed.zeros(parts, jnp.int32))
+    scales = mine.per_output(scales_ref)
+    for part, total in zip(parts, totals, strict=True):
+        part.store(out_ref, scaled(total, scales, part.per_row(row_scales_ref)), rows)
 
 
 def scaled(total: Int32[Array, "n m"], scales: Float[Array, "n"], row_scales: Float[Array, "m"]) -> Float[Array, "n m"]:

@@ -112,6 +112,10 @@ def test_padding_has_weight_zero():
     ((200, 300, 32, 128), Config(block_m=128, block_n=32, split_k=2, scale_planes=True)),
     ((300, 200, 24, 128), Config(block_m=256, block_n=16)),
     ((10, 200, 24, -1), Config(block_m=256, block_n=16)),
+    ((90, 300, 24, 128), Config(block_m=128, block_n=16)),  # 64 and 32 rows
+    ((190, 300, 24, 32), Config(block_m=256, block_n=16, scale_planes=True)),  # 128 and 64
+    ((70, 300, 24, -1), Config(block_m=128, block_n=16)),
+    ((12, 300, 24, 64), Config(block_n=16, split_k=2)),
 ])
 def test_ragged_sizes_groups_and_cuts(shape, config, implementation):
     check(shape, jnp.float16, config, implementation)
@@ -142,11 +146,13 @@ def test_prompt_sized_inputs(rows, dtype, group_size, implementation):
 
 
 @pytest.mark.gpu
-def test_reproducible_rows_have_the_same_bits_in_every_block_of_rows_on_gpu():
-    (x, packed, scales), _ = problem(500, 600, 70, 128, jnp.float16)
-    product = functools.partial(matmul_partials, packed=packed, scales=scales, group_size=128, reproducible=True)
+@pytest.mark.parametrize("sizes", [(600, 70), (4096, 6144), (4096, 4096), (14336, 4096)])
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+def test_reproducible_rows_have_the_same_bits_in_every_block_of_rows_on_gpu(sizes, group_size):
+    (x, packed, scales), _ = problem(512, *sizes, group_size, jnp.float16)
+    product = functools.partial(matmul_partials, packed=packed, scales=scales, group_size=group_size, reproducible=True)
     whole = product(x)
-    for rows in (slice(0, 1), slice(30, 90), slice(99, 100), slice(200, 460)):
+    for rows in (slice(0, 1), slice(30, 90), slice(60, 124), slice(99, 100), slice(200, 460)):
         np.testing.assert_array_equal(product(x[rows]), whole[:, rows])
 
 
@@ -173,8 +179,9 @@ def test_accumulates_beyond_the_range_of_half_precision(implementation):
 @pytest.mark.parametrize("inline_asm", [True, False])
 @pytest.mark.parametrize("scale_planes", [True, False])
 def test_every_form_of_the_kernel_on_gpu(scale_planes, inline_asm, group_size, dtype):
-    for rows in (1, 12, 30, 48, 64, 100, 300, 500):
-        for block_m, block_n, split_k, num_warps in [(64, 32, 3, 1), (64, 64, 1, 4), (128, 128, 2, 8), (64, 256, 1, 8)]:
+    cuts = [(64, 32, 3, 1), (64, 64, 1, 4), (128, 128, 2, 8), (256, 128, 1, 8), (64, 256, 1, 8)]
+    for place, rows in enumerate((1, 12, 30, 48, 64, 90, 190, 500)):
+        for block_m, block_n, split_k, num_warps in (cuts[place % 5], cuts[(place + 2) % 5]):
             config = Config(block_m=block_m, block_n=block_n, split_k=split_k, num_warps=num_warps, num_stages=3,
                             scale_planes=scale_planes, inline_asm=inline_asm)
             check((rows, 1120, 200, group_size), dtype, config, "kernel")
@@ -202,10 +209,18 @@ def test_real_sizes_on_gpu(inner, columns):
 
 
 @pytest.mark.gpu
-def test_two_runs_give_the_same_bits_on_gpu():
-    operands, _ = problem(16, 14336, 512, 128, jnp.float16)
-    first, second = (matmul_partials(*operands, group_size=128, implementation="kernel") for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("config", [None, Config(block_n=128, num_warps=4, num_stages=3, scale_planes=True),
+                                    Config(block_m=128, block_n=128, num_warps=8, num_stages=3, scale_planes=True)])
+def test_runs_give_the_same_bits_on_gpu(config, group_size):
+    """Registers that are overwritten under a product show so."""
+    for rows in (16, 64, 512):
+        operands, expected = problem(rows, 14336, 512, group_size, jnp.float16)
+        first, *others = (matmul_partials(*operands, group_size=group_size, config=config, implementation="kernel")
+                          for _ in range(4))
+        assert relative_error(np.asarray(first, np.float64).sum(0), expected) < 2e-3
+        for other in others:
+            np.testing.assert_array_equal(other, first)
 
 
 @pytest.mark.parametrize(("inner", "columns"), LLAMA_8B + LLAMA_70B + SMOLLM + [(130, 1), (128, 17), (64, 100)])
