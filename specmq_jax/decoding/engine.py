@@ -39,8 +39,8 @@ from specmq_jax.loading.memory import check_room
 from specmq_jax.loading.model import Model, check_positions
 from specmq_jax.network import side_by_side
 
-_TOGETHER = 64
-"""Rows of a pass over several prompts. Passes of 512 rows are to follow when a GPU has shown that they are right."""
+_TOGETHER = 512
+"""Rows of a pass over several prompts."""
 
 
 class Engine:
@@ -136,8 +136,12 @@ class Engine:
 
     def _groups(self, size: int) -> list[int]:
         """Numbers of prompts whose last chunks, of one size, make a pass."""
-        most = min(self.slots, max(1, _TOGETHER // size))
+        most = min(self.slots, self._together(size))
         return [1 << power for power in range(most.bit_length())]
+
+    def _together(self, size: int) -> int:
+        """How many last chunks of prompts, of one size, make a pass; one where it must have the bits that it has alone."""
+        return 1 if self.config.reproducible else max(1, _TOGETHER // size)
 
     def submit(self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, *, temperature: float | None = None,
                top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0, seed: int | None = None,
@@ -285,7 +289,7 @@ class Engine:
                 room -= longest
             else:
                 size = self._size(self._left(ticket))
-                tickets = [ticket, *self._mates(ticket, min(room // size, _TOGETHER // size) - 1)]
+                tickets = [ticket, *self._mates(ticket, min(room // size, self._together(size)) - 1)]
                 self._admit_all(tickets, size)
                 self._entering = None
                 room -= size * len(tickets)

@@ -21,11 +21,11 @@ from specmq_jax.decoding.sampling import Sampler
 from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.decoding.verification import are_sound, verify
 from specmq_jax.errors import UserError
-from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
 from specmq_jax.loading.model import Model
 from specmq_jax.network import side_by_side
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.llama import Llama
+from specmq_jax.network.rows import MOST_DECODE_ROWS
 
 Params = tuple[Any, Any]
 """The target's parameters and the drafter's."""
@@ -83,12 +83,12 @@ class Rounds:
     @classmethod
     def of(cls, target: Model, drafter: Drafter, config: DecodeConfig) -> Self:
         """Raises a `UserError` for a drafter that drafts too much to be reproducible."""
-        if config.reproducible and drafter.tree_size > MOST_REPRODUCIBLE_ROWS:
-            raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} nodes a round, and this "
+        if config.reproducible and drafter.tree_size > MOST_DECODE_ROWS:
+            raise UserError(f"reproducible decoding verifies at most {MOST_DECODE_ROWS} nodes a round, and this "
                             f"drafter's trees have {drafter.tree_size}; choose a smaller tree or a shorter draft")
         # where a last bit can become a whole step of an activation's rounding, plain and speculative decoding would part
         reproducible = config.reproducible or (
-            target.module.format.rounds_activations and drafter.tree_size <= MOST_REPRODUCIBLE_ROWS)
+            target.module.format.rounds_activations and drafter.tree_size <= MOST_DECODE_ROWS)
         module = target.module.clone(capture=drafter.capture, reproducible=reproducible)
         return cls(module=module, drafter=drafter, sampling=config.sampling)
 

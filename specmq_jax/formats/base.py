@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from specmq_jax.formats.logical import Logical, Quantised, dense_values
 from specmq_jax.formats.ranges import Range, is_traced, peak
 
-MOST_REPRODUCIBLE_ROWS = 64
+MOST_REPRODUCIBLE_ROWS = 512
 """More rows are a prompt, which every format may multiply in another way."""
 
 Weight = Any

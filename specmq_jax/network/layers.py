@@ -118,7 +118,8 @@ class Mlp(nn.Module):
                                    implementation=self.implementation, halves=True)
         gate_up = linear(2 * self.intermediate_size, name="gate_up")(x.values, x.peaks)
         hidden, peaks = mlp_kernels.silu_mul(gate_up, out_dtype=self.format.dtype, row_scale=x.row_scale,
-                                             with_peaks=self.format.wants_peaks, implementation=self.implementation)
+                                             with_peaks=self.format.wants_peaks, reproducible=self.reproducible,
+                                             implementation=self.implementation)
         return linear(x.values.shape[-1], name="down")(hidden, peaks)
 
 

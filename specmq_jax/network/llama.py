@@ -21,7 +21,8 @@ class Llama(Module):
       embed_format: a dense format, of the embedding table.
       capture: layers whose entering residual streams a drafter reads; empty where it reads the final states.
       reproducible: on a GPU a row's states and logits have the same bits whatever tree it stands in, for trees of at most
-        `formats.MOST_REPRODUCIBLE_ROWS` nodes; of the other operations each computes a row, or an element, by itself.
+        `rows.MOST_DECODE_ROWS` nodes and `formats.MOST_REPRODUCIBLE_ROWS` of all sequences together; of the other operations
+        each computes a row, or an element, by itself.
       implementation: of the kernels, None for the backend's own. With "reference" and dense formats the network can be
         differentiated.
     """

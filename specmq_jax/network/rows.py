@@ -11,7 +11,8 @@ from pallas_kernels.attention import api as attention_kernels
 from specmq_jax.network.config import LlamaConfig
 
 MOST_DECODE_ROWS = 64
-"""Up to this many causal rows take the decode kernel, which splits the cache among programs; more fill a GPU as they are."""
+"""Up to this many causal rows of a sequence take the decode kernel, which splits the cache among programs; more fill a GPU as
+they are. No more nodes of a tree are attended to in bits that their own paths alone decide."""
 
 
 class Rows(flax.struct.PyTreeNode):

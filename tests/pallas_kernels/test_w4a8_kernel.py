@@ -1,5 +1,7 @@
 """Products of 8-bit activations with 4-bit weights, against numpy's integers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,3 +227,14 @@ def test_names_the_offending_array():
 def test_config_names_the_offending_field(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} is {next(iter(fields.values()))}; expected"):
         Config(**fields)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reproducible_rows_have_the_same_bits_in_every_block_of_rows(kind, implementation):
+    function, (q, row_scales, *sums), weight, _ = problem(kind, 512, 600, 70)
+    product = functools.partial(function, implementation=implementation, reproducible=True)
+    whole = product(q, row_scales, *sums, *weight)
+    for rows in (slice(0, 1), slice(60, 124), slice(200, 460)):
+        some = [each if each is None else each[:, rows] for each in sums]
+        np.testing.assert_array_equal(product(q[rows], row_scales[rows], *some, *weight), whole[:, rows])

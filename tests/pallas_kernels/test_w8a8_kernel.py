@@ -134,3 +134,13 @@ def test_names_the_offending_array():
 def test_config_names_the_offending_field(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} is {next(iter(fields.values()))}; expected"):
         Config(**fields)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("inner", "outputs"), [(600, 70), pytest.param(4096, 6144, marks=pytest.mark.slow)])
+def test_reproducible_rows_have_the_same_bits_in_every_block_of_rows(inner, outputs, implementation):
+    (q, row_scales, *weight), _ = problem(512, inner, outputs)
+    product = functools.partial(matmul_partials, implementation=implementation, reproducible=True)
+    whole = product(q, row_scales, *weight)
+    for rows in (slice(0, 1), slice(60, 124), slice(200, 460)):
+        np.testing.assert_array_equal(product(q[rows], row_scales[rows], *weight), whole[:, rows])
