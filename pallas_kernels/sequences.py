@@ -50,14 +50,15 @@ def places(row: Int32[Array, "*shape"], rows: int, sequences: int, *, mask: Any
     return lambda ref: plgpu.load(ref.at[row // each], mask=mask, other=0), row % each
 
 
-def by_rows(function: Callable[[Shaped[Array, "M ..."]], Any]) -> Callable[[Shaped[Array, "M ..."]], Any]:
-    """A function of rows, each by itself, whose `vmap` is the function of all rows at once."""
+def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays of rows, each row by itself, whose `vmap` is the function of all rows at once."""
     one = custom_vmap(function)
 
     @one.def_vmap
-    def _(sequences: int, batched: Any, rows: Shaped[Array, "N M ..."]) -> tuple[Any, Any]:
-        del batched  # there is one argument
-        out = by_rows(function)(rows.reshape(-1, *rows.shape[2:]))
+    def _(sequences: int, batched: Any, *rows: Shaped[Array, "..."]) -> tuple[Any, Any]:
+        every = [part if is_batched else jnp.broadcast_to(part, (sequences, *part.shape))
+                 for part, is_batched in zip(rows, batched, strict=True)]
+        out = by_rows(function)(*(part.reshape(-1, *part.shape[2:]) for part in every))
         out = jax.tree.map(lambda part: part.reshape(sequences, -1, *part.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
