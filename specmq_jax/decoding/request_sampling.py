@@ -120,16 +120,31 @@ class RequestKey:
 
 @dataclasses.dataclass(frozen=True)
 class RequestSampling:
-    """Draws what `specmq_jax.Sampling`, or `Greedy` at a temperature of 0, draws with the same seed."""
+    """Draws what `specmq_jax.Sampling`, or `Greedy` at a temperature of 0, draws with the same seed.
+
+    All but penalties is done whether it is asked for or not: to ask is a choice that a GPU waits for the host with.
+
+    Attributes:
+      penalises: whether there is a penalty that is not neutral in any key; without it they count for nothing.
+    """
+
+    penalises: bool = True
 
     def __call__(self, logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey, past: Past | None = None
                  ) -> Int32[Array, "T"]:
         """One token a row, i32[T]; `positions[i]` is the position of the token drawn after row i. Without a `past` nothing has
         been said that a penalty could be for."""
-        past = Past.committed(jnp.zeros(1, jnp.int32), 0, len(logits)) if past is None else past
-        asked = jnp.any(key.biased >= 0) | jnp.any(positions < key.bar) | _penalises(key)
-        logits = side_by_side.do_where(asked, _changed, logits.astype(jnp.float32), positions, key, past)
-        return side_by_side.do_where(key.temperature > 0, _draw, sampling.best(logits), logits, positions, key)
+        none, barred = jnp.zeros(logits.shape[1]), _places(key.barred, logits.shape[1])
+        logits = logits.astype(jnp.float32) + none.at[_places(key.biased, logits.shape[1])].add(key.biases, mode="drop")
+        if self.penalises and past is not None:
+            logits = side_by_side.do_where(_penalises(key), _penalised, logits, key, past)
+        is_barred = (none.at[barred].set(1, mode="drop") > 0) & (positions < key.bar)[:, None]
+        logits = jnp.where(is_barred, -jnp.inf, logits)
+        samples = key.temperature > 0
+        scores = sampling.scaled(logits, jnp.where(samples, key.temperature, 1))
+        scores = sampling.cut(scores, jnp.where(samples, key.top_k, 0), jnp.where(samples, key.top_p, 1), key.min_p)
+        drawn = sampling.draw(scores, positions, jax.random.key(key.seed))
+        return jnp.where(samples, drawn, sampling.best(logits))
 
 
 def _filled(values: Sequence[float], count: int, rest: float, dtype: type) -> np.ndarray:
@@ -140,17 +155,9 @@ def _penalises(key: RequestKey) -> Bool[Array, ""]:
     return (key.presence != 0) | (key.frequency != 0) | (key.repetition != 1)
 
 
-def _changed(logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey, past: Past) -> Float[Array, "T V"]:
-    """With the request's biases and penalties, and without what is barred where the drawn token will stand."""
-    none = logits.shape[1]  # beyond the last token, where nothing is written
-
-    def places(tokens: Int32[Array, "K"]) -> Int32[Array, "K"]:
-        return jnp.where(tokens < 0, none, tokens)
-
-    logits = logits.at[:, places(key.biased)].add(key.biases, mode="drop")
-    logits = side_by_side.do_where(_penalises(key), _penalised, logits, key, past)
-    without = logits.at[:, places(key.barred)].set(-jnp.inf, mode="drop")
-    return jnp.where((positions < key.bar)[:, None], without, logits)
+def _places(tokens: Int32[Array, "K"], beyond: int) -> Int32[Array, "K"]:
+    """Where tokens stand; for none of them beyond the last, where nothing is written."""
+    return jnp.where(tokens < 0, beyond, tokens)
 
 
 def _penalised(logits: Float[Array, "T V"], key: RequestKey, past: Past) -> Float[Array, "T V"]:
@@ -165,24 +172,3 @@ def _penalised(logits: Float[Array, "T V"], key: RequestKey, past: Past) -> Floa
     seen = seen[None, :] | (counts > 0)
     logits = jnp.where(seen, jnp.where(logits > 0, logits / key.repetition, logits * key.repetition), logits)
     return logits - key.frequency * counts - key.presence * (counts > 0)
-
-
-def _draw(best: Int32[Array, "T"], logits: Float[Array, "T V"], positions: Int32[Array, "T"], key: RequestKey
-          ) -> Int32[Array, "T"]:
-    del best
-    scores = sampling.scaled(logits, key.temperature)
-    cuts = (key.top_p < 1) | (key.top_k > 0) | (key.min_p > 0)
-    return sampling.draw(side_by_side.do_where(cuts, _cut, scores, key), positions, jax.random.key(key.seed))
-
-
-def _cut(scores: Float[Array, "T V"], key: RequestKey) -> Float[Array, "T V"]:
-    """Sets to -inf what the settings cut away, in the order top_k, top_p, min_p."""
-    place = jnp.arange(scores.shape[-1])
-    most = jnp.where(key.top_k > 0, jnp.minimum(key.top_k, len(place)), len(place))
-    best = jnp.where(place < most, -jnp.sort(-scores, axis=-1), -jnp.inf)
-    probabilities = jax.nn.softmax(best, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    inside = (place < most) & ((before < key.top_p) | (key.top_p >= 1) | (place == 0))
-    least = jnp.min(jnp.where(inside, best, jnp.inf), axis=-1, keepdims=True)
-    least = jnp.maximum(least, jnp.where(key.min_p > 0, jnp.log(key.min_p), -jnp.inf))  # the best token's score is 0
-    return jnp.where(scores >= least, scores, -jnp.inf)

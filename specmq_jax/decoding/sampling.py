@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.nucleus import least_kept
 from specmq_jax.errors import UserError
 
 _HOTTEST = float(np.finfo(np.float32).max)
@@ -63,9 +64,10 @@ class Sampling:
         return draw(self.filter(scaled(logits, self.temperature)), positions, key)
 
     def filter(self, scores: Float[Array, "T V"]) -> Float[Array, "T V"]:
-        """Sets to -inf what top-k and then top-p cut away."""
-        kept = keep_best(scores, self.top_k)
-        return kept if np.float32(self.top_p) == 1 else keep_nucleus(kept, self.top_p, most=self.top_k)
+        """Sets to -inf what top-k and then top-p cut away, of scores whose best is 0 in each row."""
+        if not 0 < self.top_k < scores.shape[1] and np.float32(self.top_p) == 1:
+            return scores
+        return cut(scores, min(self.top_k, scores.shape[1]), self.top_p, most=self.top_k)
 
 
 def _is_number(value: Any) -> bool:
@@ -87,24 +89,18 @@ def scaled(logits: Float[Array, "T V"], temperature: Float[Array, ""] | float) -
     return jnp.where(behind == 0, 0.0, behind / temperature)
 
 
-def keep_best(scores: Float[Array, "T V"], count: int) -> Float[Array, "T V"]:
-    """Sets to -inf what is worse than the `count` best of a row, of which equals of the last one are; 0 keeps all."""
-    if not count or count >= scores.shape[-1]:
-        return scores
-    return jnp.where(scores >= jax.lax.top_k(scores, count)[0][:, -1:], scores, -jnp.inf)
+def cut(scores: Float[Array, "T V"], top_k: Int32[Array, ""] | int, top_p: Float[Array, ""] | float,
+        min_p: Float[Array, ""] | float = 0.0, *, most: int = 0) -> Float[Array, "T V"]:
+    """Sets to -inf what the settings cut away, in the order top_k, top_p, min_p, of scores whose best is 0 in each row.
 
-
-def keep_nucleus(scores: Float[Array, "T V"], top_p: Float[Array, ""] | float, *, most: int = 0) -> Float[Array, "T V"]:
-    """Sets to -inf what is outside the smallest set of best tokens whose probability reaches `top_p`; the best one stays.
-
-    `most` says how many of a row are above -inf, equals of the last apart; 0 where that is not known.
+    Stays, with its equals: what is among the `top_k` best; of this the smallest set of best tokens whose probability reaches
+    `top_p`; of this what has at least `min_p` times the best token's. `most` is `top_k` where it is a constant, else 0.
     """
-    few = 0 < most < scores.shape[-1]
-    sorted_scores = jax.lax.top_k(scores, most)[0] if few else -jnp.sort(-scores, axis=-1)
-    probabilities = jax.nn.softmax(sorted_scores, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    inside = (before < top_p).at[:, 0].set(True)
-    return jnp.where(scores >= jnp.min(jnp.where(inside, sorted_scores, jnp.inf), axis=-1, keepdims=True), scores, -jnp.inf)
+    rows = scores.shape[:1]
+    least = least_kept(scores, jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), rows),
+                       jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), rows), most=most)
+    # what is not a number stays, and is drawn: by its logit a fault is known
+    return jnp.where(scores < jnp.maximum(least, jnp.log(min_p))[:, None], -jnp.inf, scores)
 
 
 def draw(scores: Float[Array, "T V"], positions: Int32[Array, "T"], key: Array) -> Int32[Array, "T"]:

@@ -1,11 +1,16 @@
 """Sampling: filters against their definition, noise keyed by position alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import cuda_text, launches
 
+from pallas_kernels.nucleus import least_kept
 from specmq_jax import Greedy, Sampling, UserError
+from specmq_jax.decoding import sampling
 from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
 from specmq_jax.decoding.sampling import seed_key
 
@@ -23,12 +28,12 @@ def test_top_k_and_top_p_keep_what_their_definition_keeps():
 
 
 def test_the_noise_depends_on_the_position_alone():
-    key, sampling = jax.random.key(3), Sampling(temperature=0.7)
+    key, sampled = jax.random.key(3), Sampling(temperature=0.7)
     logits = jax.random.normal(jax.random.key(0), (6, 50))
-    together = sampling(logits, jnp.arange(10, 16), key)
-    alone = [int(sampling(logits[i:i + 1], jnp.array([10 + i]), key)[0]) for i in range(6)]
+    together = sampled(logits, jnp.arange(10, 16), key)
+    alone = [int(sampled(logits[i:i + 1], jnp.array([10 + i]), key)[0]) for i in range(6)]
     assert together.tolist() == alone
-    same = sampling(jnp.tile(logits[:1], (6, 1)), jnp.full(6, 4), key)
+    same = sampled(jnp.tile(logits[:1], (6, 1)), jnp.full(6, 4), key)
     assert len(set(same.tolist())) == 1
 
 
@@ -105,6 +110,54 @@ def test_frequencies_are_those_of_the_definition(temperature, top_p, top_k):
         found = np.bincount(order[drawn], minlength=6) / 6000
         assert not found[chances == 0].any()
         np.testing.assert_allclose(found, chances, atol=0.03)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_what_is_not_finite_is_drawn_so_that_it_is_found(top_p, top_k):
+    logits = jnp.zeros((2, 50)).at[0, 7].set(jnp.inf).at[1].set(jnp.nan)
+    for draw in ways(0.8, top_p, top_k):
+        assert not jnp.isfinite(jnp.take_along_axis(logits, draw(logits, jnp.arange(2), 0)[:, None], axis=1)).any()
+
+
+def keys_of(settings):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(RequestKey.of(**each) for each in settings))
+
+
+def test_requests_beside_each_other_draw_what_each_draws_alone():
+    settings = [{"seed": 1}, {"seed": 2, "temperature": 0.9}, {"seed": 3, "temperature": 1.2, "top_p": 0.7},
+                {"seed": 4, "temperature": 0.7, "top_k": 9, "top_p": 0.9}, {"seed": 5, "temperature": 2.0, "min_p": 0.2},
+                {"seed": 6, "temperature": 1.0, "top_k": 4, "logit_bias": {3: 5.0, 11: -100.0}, "barred": [3, 8], "bar": 40}]
+    logits = jax.random.normal(jax.random.key(0), (len(settings), 7, 60)) * 3
+    positions = jnp.broadcast_to(jnp.arange(37, 44), (len(settings), 7))
+    together = jax.jit(jax.vmap(RequestSampling()))(logits, positions, keys_of(settings))
+    for found, own, place, each in zip(together, logits, positions, settings, strict=True):
+        assert found.tolist() == RequestSampling()(own, place, RequestKey.of(**each)).tolist()
+    assert 3 not in together[5][:3] and 8 not in together[5][:3]
+
+
+@pytest.mark.parametrize("implementation", ["interpret", pytest.param("kernel", marks=pytest.mark.gpu)])
+def test_the_kernel_draws_what_the_reference_draws(implementation, monkeypatch):
+    logits, settings = jax.random.normal(jax.random.key(5), (9, 300)) * 3, [(0, 0.9), (20, 0.95), (5, 1.0)]
+
+    def drawn(chosen):
+        monkeypatch.setattr(sampling, "least_kept", functools.partial(least_kept, implementation=chosen))
+        return [draw(logits, jnp.arange(9), seed).tolist() for seed, (top_k, top_p) in enumerate(settings)
+                for draw in ways(0.8, top_p, top_k)]
+
+    assert drawn(implementation) == drawn("reference")
+
+
+def test_a_gpu_neither_sorts_nor_asks_the_host():
+    def draw(logits, positions, key):
+        return jax.vmap(RequestSampling(penalises=False))(logits, positions, key)
+
+    each = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), RequestKey.of(seed=0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "least_kept", functools.partial(least_kept, implementation="kernel"))
+        text = cuda_text(draw, jax.ShapeDtypeStruct((4, 8, 32000), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.int32), each)
+    assert launches(text) == 3  # equal ones are written once
+    assert not any(name in text for name in ("chlo.top_k", "stablehlo.sort", "stablehlo.case", "stablehlo.if"))
 
 
 @pytest.mark.parametrize(("seed", "same"), [
