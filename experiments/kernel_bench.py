@@ -33,6 +33,7 @@ from specmq_jax.network.config import LlamaConfig
 _LOOP_SECONDS = 2e-2
 _CONTEXTS = (512, 4096, 16384)
 _ROUNDED = "w4a8-qqq"  # whose partial sums the rounded ops add up
+_CUTS = (0, 0.9), (20, 0.95), (50, 1.0), (0, 1.0)  # top_k and top_p
 _DRAFTED, _RANKED_VOCABULARY = 10, 32768  # candidates of a node of the papers' trees, and a frequency-ranked vocabulary
 _MARLIN: Mapping[str, Sequence[float]] = json.loads(
     (pathlib.Path(__file__).parent / "data" / "marlin_h200.json").read_text(encoding="utf-8"))
@@ -196,6 +197,12 @@ def _top_k(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[It
         yield Item(shape=case.label, case=case, xla=(case, "reference"))
 
 
+def _nucleus(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[Item]:
+    for (k, p), count in itertools.product(_CUTS, rows):
+        case = cases.cut_of_vocabulary(count, model.vocab_size, k, p)
+        yield Item(shape=case.label, case=case, xla=(case, "reference"))
+
+
 _TREE_ROWS = (1, 10, 30, 60)
 OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
     "w4a16": (tuple(_MARLIN["rows"]), _w4a16("partials")), "w4a16_product": (tuple(_MARLIN["rows"]), _w4a16("product")),
@@ -213,7 +220,7 @@ OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
         rows, model.hidden_size, _splits(bench, model, "down", rows, _ROUNDED)))),
     "rounded_silu_mul": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.rounded_silu_mul(
         rows, model.intermediate_size, _splits(bench, model, "gate_up", rows, _ROUNDED)))),
-    "top_k": ((1, 10), _top_k)}
+    "top_k": ((1, 10), _top_k), "nucleus": ((1, 8, 60), _nucleus)}
 """Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in
 a model; w4a16_product and dense add them up. Products of 8-bit activations leave out the rounding: the rounded ops have it."""
 
@@ -277,8 +284,8 @@ def declare_flags() -> None:
     absl_flags.DEFINE_list("ops", list(OPS), "Ops to time.")
     absl_flags.DEFINE_list("shapes", None, f"Models whose sizes to time at, of {', '.join(SHAPES)}. Default: demo on a "
                            "CPU, llama3-8b,llama3-70b on a GPU.")
-    absl_flags.DEFINE_list("rows", None, "Tokens of a step. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 for top_k, 1,10,30,60 "
-                           "for others.")
+    absl_flags.DEFINE_list("rows", None, "Tokens of a step. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 for top_k, 1,8,60 for "
+                           "nucleus, 1,10,30,60 for others.")
     absl_flags.DEFINE_enum("group_size", "128", [str(size) for size in GROUP_SIZES],
                            "Rows of a 4-bit weight that share a scale; -1 is all.")
     absl_flags.DEFINE_integer("runs", 30, "Runs of a loop of about 20 ms, of which the median counts.", lower_bound=1)

@@ -141,8 +141,8 @@ def declare_flags() -> None:
     flags.DEFINE_list("shapes", ["llama3-8b", "llama3-70b", "demo"],
                       f"Models to tune for, of {', '.join(SHAPES)}.")
     flags.DEFINE_list("rows", ["1", "2", "4", "8", "16", "32", "64"],
-                      "Tokens of a decoding step to tune for; products with packed weights take up to 512. top_k and norm have "
-                      "rows of their own.")
+                      "Tokens of a decoding step to tune for; products with packed weights take up to 512. top_k, nucleus and "
+                      "norm have rows of their own.")
     flags.DEFINE_list("group_sizes", ["128"], "Rows of a 4-bit weight that share a scale; -1 is all.")
     flags.DEFINE_string("output", None, "Write DIR/OP/tuned/DEVICE.json, with what the package's table has in it. Default: the "
                         "package's tables themselves.")

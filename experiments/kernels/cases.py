@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import attention, dense, mlp, norm, rope, top_k, w4a8, w4a16, w8a8, w8a16
+from pallas_kernels import attention, dense, mlp, norm, nucleus, rope, top_k, w4a8, w4a16, w8a8, w8a16
 from pallas_kernels.partials import add_up
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.parameters import parameter_shapes
@@ -301,3 +301,17 @@ def best_of_vocabulary(rows: int, vocab: int, k: int) -> Case:
         return top_k.log_softmax_top_k(logits, k, config=config, implementation=implementation)
 
     return Case(label=f"{k} of {vocab}", rows=rows, make=make, run=run, traffic=4 * rows * vocab + 8 * rows * k)
+
+
+def cut_of_vocabulary(rows: int, vocab: int, k: int, p: float) -> Case:
+    """Where top-k and top-p cut f32 scores of a normal distribution, 0 and 1 nowhere; how many stay is counted behind it."""
+
+    def make(key: Array):
+        scores = 2 * jax.random.normal(key, (rows, vocab))
+        return (scores - jnp.max(scores, axis=1, keepdims=True), jnp.full(rows, k, jnp.int32), jnp.full(rows, p, jnp.float32))
+
+    def run(config, implementation, *operands):
+        least = nucleus.least_kept(*operands, config=config, implementation=implementation)
+        return (jnp.sum(operands[0] >= least[:, None], axis=1, dtype=jnp.float32),)
+
+    return Case(label=f"top_k {k}, top_p {p:g} of {vocab}", rows=rows, make=make, run=run, traffic=4 * rows * vocab)

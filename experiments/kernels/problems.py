@@ -16,6 +16,8 @@ from pallas_kernels.dense import api as dense
 from pallas_kernels.dense import kernel as dense_kernel
 from pallas_kernels.norm import api as norm
 from pallas_kernels.norm import kernel as norm_kernel
+from pallas_kernels.nucleus import api as nucleus
+from pallas_kernels.nucleus import kernel as nucleus_kernel
 from pallas_kernels.rope import api as rope
 from pallas_kernels.rope import kernel as rope_kernel
 from pallas_kernels.top_k import api as top_k
@@ -34,6 +36,8 @@ _CONTEXTS = (512, 4096)
 _SPLITS = 4  # partial sums that norm and rope read: what a split product usually leaves
 _NORM_ROWS = (1, 64)  # its key knows no rows
 _VOCABULARIES = (8192, 32000, 32768)  # frequency-ranked ones, and Llama 2's
+_CUTS = (0, 0.9), (20, 0.95), (0, 1.0)  # top_k and top_p that models ask for, and none
+_CUT_ROWS = (8, 60)  # its key knows no rows either
 _TOP_K_ROWS, _TOP_K = (1, 10), (4, 10)  # the root of a draft tree and a level of it, at the papers' widths
 
 
@@ -59,7 +63,7 @@ class Problem:
 def find(op: str, models: Iterable[LlamaConfig], rows: Sequence[int], group_sizes: Sequence[int]) -> list[Problem]:
     """The problems of `op`, one of each key, that a decoding step of any of the models poses.
 
-    `rows` are the tokens of a step; `group_sizes` concern w4a16 alone. top_k and norm meet rows of their own.
+    `rows` are the tokens of a step; `group_sizes` concern w4a16 alone. top_k, nucleus and norm meet rows of their own.
     """
     found = {}
     for model in models:
@@ -156,6 +160,16 @@ def _top_k(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) 
             candidates=tuple(config for config in grid if k <= config.block <= launch.power_of_two(vocab)))
 
 
+def _nucleus(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
+    vocab = model.vocab_size
+    grid = _grid(nucleus_kernel.Config, block=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16), launches=(3, 4, 5, 6, 7),
+                 ways=(8, 16), last_block=(4096, 8192, 16384), last_warps=(16,))
+    yield Problem(
+        op="nucleus", keys=(nucleus.tuning_key(vocab),),
+        cases=tuple(cases.cut_of_vocabulary(count, vocab, k, p) for count in _CUT_ROWS for k, p in _CUTS),
+        heuristic=nucleus_kernel.heuristic(vocab), candidates=tuple(grid))
+
+
 def _norm(model: LlamaConfig, rows: Sequence[int], group_sizes: Sequence[int]) -> Iterable[Problem]:
     yield Problem(
         op="norm", keys=(norm.tuning_key(model.hidden_size),),
@@ -185,4 +199,4 @@ def _filling(configs: Sequence[Any], programs: Callable[[Any], int], least: int,
 
 OPS: Mapping[str, Callable[[LlamaConfig, Sequence[int], Sequence[int]], Iterable[Problem]]] = {
     "w4a16": _w4a16, "dense": _dense, "w8a8": _w8a8, "w8a16": _w8a16, "w4a8": _w4a8, "attention": _attention, "top_k": _top_k,
-    "norm": _norm, "rope": _rope}
+    "nucleus": _nucleus, "norm": _norm, "rope": _rope}
