@@ -94,6 +94,11 @@ class Prepared:
         """What every cell runs."""
         return self.cells[0].settings.benchmark
 
+    @property
+    def slots(self) -> int:
+        """How many questions every cell answers side by side."""
+        return self.cells[0].settings.slots
+
 
 def prepare(arguments: Sequence[str], tell: Tell) -> None:
     """Tells the `Prepared` sweep of these flags; in a process of its own, for it opens the device.
@@ -124,8 +129,6 @@ def prepared(given: absl_flags.FlagValues) -> Prepared:
     if given.models:
         given.model = given.models[0]
     base = flags.settings(f"sweep-{given.benchmark}", benchmark=BENCHMARKS[given.benchmark])
-    if base.slots > 1:
-        raise UserError(f"a sweep compares single streams; leave out --slots={base.slots}, which benchmarks take")
     asked = base.questions()
     answer_files.check_directory(base.output_dir)
     axes = grid_of(given, base)

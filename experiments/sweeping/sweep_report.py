@@ -31,7 +31,8 @@ class Row:
       cell: which.
       figures: beside plain decoding of its group; beside itself where that is missing; None where the cell has not finished.
       has_plain: whether plain decoding of its group has finished.
-      first_speed: tokens/s of the sweep's first plain decoding, None where none has finished.
+      plain_speed, first_speed: as `speed`, of plain decoding of its group and of the sweep's first; None where it has not
+        finished.
       measured: what the runner measured, None where the cell has not finished.
       score: of its answers, None where they are not scored.
       error: why the cell failed, if it did.
@@ -40,6 +41,7 @@ class Row:
     cell: Cell
     figures: Figures | None
     has_plain: bool
+    plain_speed: float | None
     first_speed: float | None
     measured: Mapping[str, Any] | None
     score: Score | None
@@ -47,18 +49,23 @@ class Row:
 
     @property
     def speed(self) -> float | None:
-        """Tokens/s."""
-        return self.figures and self.figures.tokens_per_second
+        """Tokens/s of a stream; of all streams together where questions were answered side by side."""
+        return None if self.measured is None or self.figures is None else _speed(self.measured, self.figures)
+
+    @property
+    def is_throughput(self) -> bool:
+        """Whether its speed is that of several streams together."""
+        return self.cell.settings.slots > 1
 
     @property
     def speedup(self) -> float | None:
         """Over plain decoding of its group."""
-        return self.figures.speedup if self.figures and self.has_plain else None
+        return metrics.ratio(self.speed, self.plain_speed)
 
     @property
     def first_speedup(self) -> float | None:
         """Over the sweep's first plain decoding."""
-        return metrics.ratio(self.figures.tokens_per_second, self.first_speed) if self.figures else None
+        return metrics.ratio(self.speed, self.first_speed)
 
     @property
     def precision(self) -> str:
@@ -66,22 +73,25 @@ class Row:
         return str(self.measured["precision"]) if self.measured else self.cell.settings.models.precision or "as stored"
 
 
+def _speed(measured: Mapping[str, Any], figures: Figures) -> float | None:
+    return measured["throughput"] if "throughput" in measured else figures.tokens_per_second
+
+
 def rows(sweep: Prepared, failures: Mapping[str, str], scorer: Scorer | None = None) -> list[Row]:
     """Reads what the cells left, and scores it; `failures` says why some ended early."""
     asked = sweep.cells[0].settings.questions() if scorer else []
     files = {cell.name: cell.answers() for cell in sweep.cells}
     done = {name: file for name, file in files.items() if file.measured and name not in failures}
-    plain = {cell.group: done[cell.name].found for cell in sweep.cells
-             if cell.variant.method == "baseline" and cell.name in done}
-    first = next(iter(plain.values()), None)
-    first_speed = compare(first, first).tokens_per_second if first else None
+    plain = {cell.group: done[cell.name] for cell in sweep.cells if cell.variant.method == "baseline" and cell.name in done}
+    speeds = {group: _speed(file.measured, compare(file.found, file.found)) for group, file in plain.items()}
     result = []
     for cell in sweep.cells:
         file, base = done.get(cell.name), plain.get(cell.group)
-        result.append(Row(cell=cell, figures=compare(file.found, base or file.found) if file else None,
-                          has_plain=base is not None, first_speed=first_speed, measured=file.measured if file else None,
-                          score=scoring.score(scorer, file.found, asked) if file and scorer else None,
-                          error=failures.get(cell.name)))
+        result.append(Row(
+            cell=cell, figures=compare(file.found, (base or file).found) if file else None, has_plain=base is not None,
+            plain_speed=speeds.get(cell.group), first_speed=next(iter(speeds.values()), None),
+            measured=file.measured if file else None,
+            score=scoring.score(scorer, file.found, asked) if file and scorer else None, error=failures.get(cell.name)))
     return result
 
 
@@ -94,16 +104,19 @@ def report(sweep: Prepared, failures: Mapping[str, str], console: Console, *, sc
             file = row.cell.answers()
             scoring.write(file.path, [(file.found[0].model_id, row.score)])
     title = (f"{_names(found)} on {sweep.device}\n{count(sweep.questions, 'question')} of "
-             f"{sweep.benchmark.title} ({sweep.cells[0].settings.question_file.name})")
+             f"{sweep.benchmark.title} ({sweep.cells[0].settings.question_file.name})"
+             + (f"\n{sweep.slots} questions side by side: tokens/s of all together" if sweep.slots > 1 else ""))
     say(console, title, wrap=True)
     _print_table(found, console)
-    failed = [f"failed: {name}: {error}" for name, error in failures.items()]
-    for line in failed:
+    lines = [f"failed: {name}: {error}" for name, error in failures.items()]
+    lines += [f"{row.cell.name}: no throughput, for a former run answered a part; --noresume answers all again"
+              for row in found if row.is_throughput and row.measured and row.speed is None]
+    for line in lines:
         say(console, line)
     written = [sweep.output_dir / "table.csv", sweep.output_dir / "table.md"]
     tables.write(written[0], tables.comma_separated(FIELDS, found))
     text = f"{title}\n\n{tables.markdown(_columns(found), found, texts=3)}"
-    tables.write(written[1], text + "".join(f"\n{line}\n" for line in failed))
+    tables.write(written[1], text + "".join(f"\n{line}\n" for line in lines))
     written += _pictures(sweep.output_dir, found, title)
     say(console, f"Wrote {', '.join(map(str, written))}")
 
@@ -116,7 +129,8 @@ def _pictures(directory: pathlib.Path, found: Sequence[Row], title: str) -> list
     for method in dict.fromkeys(row.cell.variant.method for row in found):
         if maps := heat_maps(found, method):
             written.append(directory / f"speed-{method}.png")
-            plots.plot_heat_maps(maps, written[-1], unit="tokens/s", title=title)
+            unit = "tokens/s together" if found[0].is_throughput else "tokens/s"
+            plots.plot_heat_maps(maps, written[-1], unit=unit, title=title)
     return written
 
 
@@ -176,14 +190,18 @@ def _setting(name: str) -> Callable[[Row], str]:
 
 
 def _milliseconds(phase: str) -> Callable[[Row], str]:
-    """A baseline drafts nothing."""
+    """A baseline drafts nothing; of questions side by side no phases are measured."""
     return lambda row: NO_VALUE if not row.measured or (phase == "draft" and row.cell.variant.method == "baseline") else (
-        milliseconds(row.measured[phase]))
+        milliseconds(row.measured.get(phase)))
 
 
 def _tree(row: Row) -> str:
     tree = row.cell.variant.tree
     return f"{tree.depth}/{tree.top_k}/{tree.size}" if tree else NO_VALUE
+
+
+def _speed_column(found: Sequence[Row]) -> str:
+    return "tokens/s\ntogether" if found[0].is_throughput else "tokens/s"
 
 
 def _columns(found: Sequence[Row]) -> tables.Cells:
@@ -198,7 +216,7 @@ def _columns(found: Sequence[Row]) -> tables.Cells:
         "tree": _tree,
         "draft\nlength": _setting("length"),
         "least\ndraft": _setting("min_length"),
-        "tokens/s": lambda row: "failed" if row.error else number(row.speed, 1),
+        _speed_column(found): lambda row: "failed" if row.error else number(row.speed, 1),
         "over\nplain": lambda row: times(row.speedup),
         f"over plain\n{first}": lambda row: times(row.first_speedup),
         "accept\nlength": lambda row: number(row.figures and row.figures.accept_length, 2),
@@ -212,7 +230,7 @@ def _columns(found: Sequence[Row]) -> tables.Cells:
 def _print_table(found: Sequence[Row], console: Console) -> None:
     """In several tables where the console is too narrow for one; what says which cell a row is stands in each."""
     columns = _columns(found)
-    keys = list(columns).index("tokens/s")
+    keys = list(columns).index(_speed_column(found))
     tables.show(columns, found, console, texts=keys, keys=keys)
 
 
@@ -222,7 +240,9 @@ FIELDS: Mapping[str, Callable[[Row], Any]] = {
     "method": lambda row: row.cell.variant.method,
     **{name: (lambda row, name=name: row.cell.variant.settings.get(name)) for name in AXES},
     "questions": lambda row: row.figures and row.figures.questions,
-    "tokens_per_second": lambda row: row.speed,
+    "slots": lambda row: row.cell.settings.slots,
+    "tokens_per_second": lambda row: None if row.is_throughput else row.speed,
+    "throughput": lambda row: row.speed if row.is_throughput else None,
     "speedup": lambda row: row.speedup,
     "mean_ratio": lambda row: row.figures.mean_ratio if row.has_plain and row.figures else None,
     "mean_ratio_low": lambda row: row.figures.interval[0] if row.has_plain and row.figures and row.figures.interval else None,
@@ -231,10 +251,11 @@ FIELDS: Mapping[str, Callable[[Row], Any]] = {
     "mean_accept_length": lambda row: row.figures and row.figures.accept_length,
     "identical_share": lambda row: row.figures.identical_share if row.has_plain and row.figures else None,
     "score": lambda row: row.score and row.score.share,
-    **{f"{phase}_seconds": (lambda row, phase=phase: row.measured and row.measured[phase])
+    **{f"{phase}_seconds": (lambda row, phase=phase: row.measured and row.measured.get(phase))
        for phase in ("prefill", "draft", "verify", "round")},
     "answers": lambda row: str(row.cell.settings.answers(row.cell.variant.method)),
     "error": lambda row: row.error,
 }
-"""Of the CSV: speeds in tokens/s, times in seconds; speedups over plain decoding of the same model and precision, intervals of
-their mean over questions, and speedups over the sweep's first plain decoding."""
+"""Of the CSV: speeds in tokens/s, the throughput that of several questions side by side; times in seconds; speedups over plain
+decoding of the same model and precision, intervals of their mean over questions, and speedups over the sweep's first plain
+decoding."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from fakes import tiny_config
 
 import specmq_jax as sm
 from experiments.running import methods
@@ -73,6 +74,20 @@ class FakeBench:
         plain = method == "baseline"
         self.decoders[method] = FakeDecoder(accept=1 if plain else 4, kill_at=self.kill_at, slip=self.slip and not plain)
         return self.decoders[method]
+
+
+@dataclasses.dataclass
+class TinyBench(FakeBench):
+    """A model with random weights, of which every byte is a token, and which drafts for itself."""
+
+    def __post_init__(self):
+        self.tokenizer = None
+        self.target = sm.random_model(tiny_config(vocab_size=128, num_layers=1), "fp32", seed=0)
+        self.config = sm.DecodeConfig(max_len=self.max_length, prefill_chunks=(256,))
+
+    def decoder(self, method):
+        drafter = sm.NoDrafter() if method == "baseline" else sm.ChainDrafter(self.target, 3)
+        return sm.Decoder(self.target, drafter, self.config)
 
 
 def fake_plan(settings, needed):

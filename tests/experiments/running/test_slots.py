@@ -5,8 +5,7 @@ import io
 import json
 
 import pytest
-from benches import FakeBench, fake_plan, make_settings
-from fakes import tiny_config
+from benches import TinyBench, fake_plan, make_settings
 from rich.console import Console
 
 import specmq_jax as sm
@@ -14,20 +13,6 @@ from experiments.answers import answer_files
 from experiments.benchmarks.benchmark import MT_BENCH
 from experiments.reporting import figures, report
 from experiments.running import desk, runner
-
-
-@dataclasses.dataclass
-class TinyBench(FakeBench):
-    """A model with random weights, of which every byte is a token, and which drafts for itself."""
-
-    def __post_init__(self):
-        self.tokenizer = None
-        self.target = sm.random_model(tiny_config(vocab_size=128, num_layers=1), "fp32", seed=0)
-        self.config = sm.DecodeConfig(max_len=self.max_length, prefill_chunks=(256,))
-
-    def decoder(self, method):
-        drafter = sm.NoDrafter() if method == "baseline" else sm.ChainDrafter(self.target, 3)
-        return sm.Decoder(self.target, drafter, self.config)
 
 
 @pytest.fixture(scope="module")

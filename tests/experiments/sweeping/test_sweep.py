@@ -11,7 +11,7 @@ import sys
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
-from benches import QUESTIONS, FakeBench, fake_plan
+from benches import QUESTIONS, FakeBench, TinyBench, fake_plan
 from rich.console import Console
 
 from checkpoints_tools import demo_model
@@ -207,6 +207,50 @@ def test_the_table_holds_the_figures_of_every_cell(prepared):
     assert {path.name for path in found.output_dir.glob("*.png")} == {"speedup.png", "speed-spec.png"}
 
 
+class TinyModels(FakeModels):
+    """A model that decodes, in every cell."""
+
+    def load(self, settings):
+        self.asked.append(settings)
+        return TinyBench(max_length=settings.max_length)
+
+
+@pytest.mark.slow
+def test_questions_side_by_side_give_throughputs_and_no_speeds(prepared):
+    arguments = ("--methods=baseline,spec", "--slots=2", "--draft_length=3", "--max_length=256")
+    found = prepared(*arguments)
+    failures, printed = run(found, TinyModels())
+    assert not failures and "stored/spec-length3: done (2 of 2 cells" in printed
+    shown, lines = report(found)
+    throughputs = [cell.answers().measured["throughput"] for cell in found.cells]
+    assert [float(line["throughput"]) for line in lines] == throughputs and min(throughputs) > 0
+    assert [float(line["speedup"]) for line in lines] == [each / throughputs[0] for each in throughputs]
+    assert [(line["slots"], line["tokens_per_second"], line["mean_ratio"], line["verify_seconds"]) for line in lines] == [
+        ("2", "", "", "")] * 2
+    assert all(float(line["identical_share"]) == 1 for line in lines)
+    assert "2 questions side by side: tokens/s of all together" in shown and "ms" not in shown
+    assert "2 questions side by side" in (found.output_dir / "table.md").read_text()
+    base, bars = sweep_report.bars(sweep_report.rows(found, {}))
+    assert base == "stored/baseline" and bars[1].speedup == throughputs[1] / throughputs[0]
+    again = TinyModels()
+    assert run(prepared(*arguments), again)[0] == {} and not again.asked
+    with pytest.raises(UserError, match=r"slots 2 there.*--noresume"):
+        prepared("--methods=baseline", "--max_length=256")
+
+
+def test_a_throughput_of_a_part_is_none(prepared):
+    arguments = ("--methods=baseline,spec", "--slots=2", "--max_length=256")
+    found = prepared(*arguments)
+    run(found, TinyModels())
+    file = found.cells[1].settings.answers("spec")
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    again = prepared(*arguments)
+    run(again, TinyModels())
+    shown, lines = report(again)
+    assert [line["speedup"] for line in lines] == ["1.0", ""] and lines[1]["throughput"] == ""
+    assert "stored/spec-length4: no throughput, for a former run answered a part" in shown
+
+
 def test_a_killed_sweep_goes_on_and_gives_the_same_tables(prepared, tmp_path):
     arguments = ("--precisions=fp16,w8a8", "--methods=baseline,spec")
     with pytest.raises(KeyboardInterrupt):
@@ -396,6 +440,18 @@ def test_a_head_that_is_replaced_is_found_before_anything_runs(prepared, tmp_pat
     (head / "config.json").write_text((head / "config.json").read_text() + " ")
     with pytest.raises(UserError, match=r"eagle content '\w+' there and '\w+' here.*--noresume"):
         prepared(*arguments)
+
+
+@pytest.mark.slow
+def test_one_command_compares_throughputs(tmp_path):
+    result = command(f"--model={DATA / 'checkpoints' / 'fp16'}", "--precisions=fp16,w8a8", "--methods=baseline,spec",
+                     "--slots=2", "--question_end=2", "--max_new_tokens=8", "--max_length=900",
+                     f"--output_dir={tmp_path / 'out'}")
+    assert result.returncode == 0 and "2 questions side by side" in result.stdout, result.stderr
+    with (tmp_path / "out" / "table.csv").open() as file:
+        found = [(line["precision"], line["method"], line["slots"]) for line in csv.DictReader(file)
+                 if float(line["throughput"]) > 0 and float(line["speedup"]) > 0]
+    assert found == [(precision, method, "2") for precision in ("fp16", "w8a8") for method in ("baseline", "spec")]
 
 
 @pytest.mark.slow
