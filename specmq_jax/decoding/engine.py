@@ -28,7 +28,7 @@ from specmq_jax.decoding.decode import (
     prefill_chunks,
 )
 from specmq_jax.decoding.drafters import Drafter, HierarchicalDrafter, NoDrafter
-from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey, RequestSampling
+from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, Needs, RequestKey, RequestSampling
 from specmq_jax.decoding.rounds import Params, Rounds
 from specmq_jax.decoding.sampling import Greedy, Sampling
 from specmq_jax.decoding.slots import MOST_LOGPROBS, ROUNDS, Asked, Chunk, First, Slots
@@ -195,7 +195,8 @@ class Engine:
             if token >= self.target.config.vocab_size:
                 raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
         ticket = Ticket(self, Request(
-            prompt=prompt, key=key, draws=temperature > 0 or bool(logit_bias) or least > 0 or penalised, stop_tokens=stops,
+            prompt=prompt, key=key, stop_tokens=stops,
+            needs=Needs.PENALTIES if penalised else Needs(temperature > 0 or bool(logit_bias) or least > 0),
             limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room)), until=until,
             **{name: entries.integer("a request", name, value, low=0, high=MOST_LOGPROBS)
                for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs))}))
@@ -212,9 +213,10 @@ class Engine:
         return [ticket.result() for ticket in tickets]
 
     def warm_up(self, *, draws: bool = True) -> None:
-        """Compiles all that requests will need: two loops for each of `buckets`, one of which draws; a prompt's last chunk of
-        each length, alone and beside others; and one before it. Requests that were submitted are answered first. Unless one
-        `draws`, all are expected to be greedy, without a bias or a least length."""
+        """Compiles all that requests will need: three loops for each of `buckets`, for best tokens, for draws, and for draws
+        with penalties; a prompt's last chunk of each length, alone and beside others; and one before it. Requests that were
+        submitted are answered first. Unless one `draws`, all are expected to be greedy, without a bias, a penalty or a least
+        length."""
         with self._driving:
             while self.step():
                 pass
@@ -222,19 +224,19 @@ class Engine:
                 raise UserError("the engine is closed")
             for size in self.buckets:
                 slots = np.arange(size, dtype=np.int32)
-                for drawing in (False, True)[:1 + draws]:
-                    self._state, _ = self._run(self.params, self._state, slots, drawing)
+                for needs in Needs if draws else (Needs.BEST,):
+                    self._state, _ = self._run(self.params, self._state, slots, needs)
             self._held = [np.zeros(0, np.int32)] * self.slots  # for rows are written over
-            made = Ticket(self, Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), draws=False,
+            made = Ticket(self, Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), needs=Needs.BEST,
                                         stop_tokens=()))
             self._state = self._take_in(self.params, self._state, np.int32(0), self._chunk(made, self._chunks[-1]))
             for size in self._chunks:
                 for count in self._groups(size):
                     chunks, asked = (jax.tree.map(lambda leaf, count=count: np.stack([leaf] * count), part)
                                      for part in (self._chunk(made, size), self._asked(made.request)))
-                    for drawing in (False, True)[:1 + (draws and count == 1)]:
+                    for needs in Needs if draws and count == 1 else (Needs.BEST,):
                         self._state, _ = self._admit(
-                            self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, drawing)
+                            self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, needs)
             jax.block_until_ready(self._state)
 
     def step(self) -> bool:
@@ -302,7 +304,7 @@ class Engine:
             ticket = self._waiting[0]
             shared = {slot: self._shared(slot, ticket.request.prompt) for slot in self._free}
             slot = max(self._free, key=lambda slot: (shared[slot], -self._free.index(slot)))  # else the one free the longest
-            if size and (ticket.request.draws or self._size(len(ticket.request.prompt) - shared[slot]) != size):
+            if size and (ticket.request.needs or self._size(len(ticket.request.prompt) - shared[slot]) != size):
                 return None
             self._waiting.popleft()
         ticket.slot, ticket.taken, ticket.reused = slot, shared[slot], shared[slot]
@@ -315,7 +317,7 @@ class Engine:
     def _mates(self, ticket: Ticket, most: int) -> Iterator[Ticket]:
         """Requests that wait behind one of a single greedy chunk and can be taken in with it, in one pass."""
         size = self._size(self._left(ticket))
-        if ticket.request.draws or ticket.taken > ticket.reused:
+        if ticket.request.needs or ticket.taken > ticket.reused:
             return
         while most > 0 and (mate := self._seat(size)):
             most -= 1
@@ -329,7 +331,7 @@ class Engine:
             chunks, asked = (jax.tree.map(lambda *each: np.stack(each), *parts) for parts in (
                 [self._chunk(ticket, size) for ticket in group], [self._asked(ticket.request) for ticket in group]))
             slots = np.asarray([ticket.slot for ticket in group], np.int32)
-            self._state, first = self._admit(self.params, self._state, slots, chunks, asked, group[0].request.draws)
+            self._state, first = self._admit(self.params, self._state, slots, chunks, asked, group[0].request.needs)
             self.admitted += count
             self._pending.append((list(group), first))
             for ticket in group:
@@ -391,8 +393,8 @@ class Engine:
         slots = [*running, *(slot for slot, _ in zip(others, range(size - len(running)), strict=False))]
         if len(slots) < size:  # the slot that is being filled stands aside
             slots = [*slots, self._entering_slot]
-        draws = any(ticket.request.draws for ticket in running.values())
-        self._state, report = self._run(self.params, self._state, np.asarray(slots, np.int32), draws)
+        needs = max(ticket.request.needs for ticket in running.values())
+        self._state, report = self._run(self.params, self._state, np.asarray(slots, np.int32), needs)
         self._pending.append(([running.get(slot) for slot in slots], report))
         for slot, ticket in running.items():
             ticket.coming += ROUNDS

@@ -1,6 +1,7 @@
 """Sampling whose settings are arrays, so that requests with settings of their own share one compiled loop."""
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -14,7 +15,6 @@ from specmq_jax import entries
 from specmq_jax.decoding import sampling
 from specmq_jax.decoding.tree import DraftTree
 from specmq_jax.errors import UserError
-from specmq_jax.network import side_by_side
 
 MOST_BIASES, MOST_STOP_TOKENS = 64, 16
 """Tokens of a request with a bias, and stop tokens: each has room for so many."""
@@ -122,10 +122,10 @@ class RequestKey:
 class RequestSampling:
     """Draws what `specmq_jax.Sampling`, or `Greedy` at a temperature of 0, draws with the same seed.
 
-    All but penalties is done whether it is asked for or not: to ask is a choice that a GPU waits for the host with.
+    Everything is done whether a key asks for it or not: to ask is a choice that a GPU waits for the host with.
 
     Attributes:
-      penalises: whether there is a penalty that is not neutral in any key; without it they count for nothing.
+      penalises: whether penalties are applied; without it they count for nothing.
     """
 
     penalises: bool = True
@@ -137,7 +137,7 @@ class RequestSampling:
         none, barred = jnp.zeros(logits.shape[1]), _places(key.barred, logits.shape[1])
         logits = logits.astype(jnp.float32) + none.at[_places(key.biased, logits.shape[1])].add(key.biases, mode="drop")
         if self.penalises and past is not None:
-            logits = side_by_side.do_where(_penalises(key), _penalised, logits, key, past)
+            logits = _penalised(logits, key, past)
         is_barred = (none.at[barred].set(1, mode="drop") > 0) & (positions < key.bar)[:, None]
         logits = jnp.where(is_barred, -jnp.inf, logits)
         samples = key.temperature > 0
@@ -147,12 +147,22 @@ class RequestSampling:
         return jnp.where(samples, drawn, sampling.best(logits))
 
 
+class Needs(enum.IntEnum):
+    """What requests need of sampling, each all that those before it need: the best tokens, what `RequestSampling` does
+    without penalties, and with them."""
+
+    BEST = 0
+    DRAWS = 1
+    PENALTIES = 2
+
+    @property
+    def sampler(self) -> sampling.Sampler:
+        """The one that does no more."""
+        return sampling.Greedy() if self == Needs.BEST else RequestSampling(penalises=self == Needs.PENALTIES)
+
+
 def _filled(values: Sequence[float], count: int, rest: float, dtype: type) -> np.ndarray:
     return np.pad(np.asarray(values, dtype), (0, count - len(values)), constant_values=rest)
-
-
-def _penalises(key: RequestKey) -> Bool[Array, ""]:
-    return (key.presence != 0) | (key.frequency != 0) | (key.repetition != 1)
 
 
 def _places(tokens: Int32[Array, "K"], beyond: int) -> Int32[Array, "K"]:

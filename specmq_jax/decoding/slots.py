@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.top_k.api import log_softmax_top_k
-from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, RequestKey
+from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, Needs, RequestKey
 from specmq_jax.decoding.rounds import DecodeState, Params, Rounds
-from specmq_jax.decoding.sampling import Greedy
 from specmq_jax.loading.model import Model
 from specmq_jax.network import side_by_side
 
@@ -115,9 +114,9 @@ class Slots:
         return side_by_side.put(state, part.replace(done=jnp.asarray(True), fault=fault, cache=cache, drafter=drafter), slot)
 
     def ingest_last(self, params: Params, state: DecodeState, slots: Int32[Array, "N"], chunks: Chunk, asked: Asked,
-                    draws: bool) -> tuple[DecodeState, First]:
-        """The last chunks of N prompts, of one length, their first tokens, and the sequences' state; `draws` as in `run`."""
-        rounds = self._rounds(draws)
+                    needs: Needs) -> tuple[DecodeState, First]:
+        """The last chunks of N prompts, of one length, their first tokens, and the sequences' state; `needs` as in `run`."""
+        rounds = self._rounds(needs)
         if len(slots) == 1:
             [slot] = slots
             chunk, one = jax.tree.map(lambda leaf: leaf[0], (chunks, asked))
@@ -149,21 +148,20 @@ class Slots:
         passed = self.rounds.ingest(params[0], part.cache.rewind(chunk.start), chunk.tokens, chunk.count, fault)
         return *passed, side_by_side.emptied(part.drafter, self._empty_drafter(), chunk.begins, chunk.start)
 
-    def run(self, params: Params, state: DecodeState, slots: Int32[Array, "N"], draws: bool
+    def run(self, params: Params, state: DecodeState, slots: Int32[Array, "N"], needs: Needs
                    ) -> tuple[DecodeState, Report]:
         """`ROUNDS` rounds of some slots; those that are done stay as they are.
 
-        Unless it `draws` for one of them, all are greedy and without a bias: to ask for each is a choice that a GPU waits for
-        the host with.
+        None of them `needs` more of sampling, and nothing more is done for any.
         """
         before = side_by_side.take(state, slots)
         if len(slots) == 1:
             one = side_by_side.take(state, slots[0])
-            state = side_by_side.put(state, self._turns(params, one, draws, lambda one: one), slots[0])
+            state = side_by_side.put(state, self._turns(params, one, needs, lambda one: one), slots[0])
         else:
             each = side_by_side.axes(before)
             state = side_by_side.put(state, self._turns(
-                params, before, draws, functools.partial(jax.vmap, in_axes=(each,), out_axes=each)), slots)
+                params, before, needs, functools.partial(jax.vmap, in_axes=(each,), out_axes=each)), slots)
         after = side_by_side.take(state, slots)
         window = min(self.capacity, ROUNDS * (self.rounds.drafter.max_depth + 1))
         places = jnp.minimum(before.length[:, None] + jnp.arange(window), self.capacity - 1)
@@ -171,8 +169,8 @@ class Slots:
         return state, Report(length=after.length, rounds=after.rounds, fault=after.fault, done=after.done, fresh=fresh,
                              accept_lengths=after.accept_lengths)
 
-    def _turns(self, params: Params, part: DecodeState, draws: bool, mapped: Callable[..., Any]) -> DecodeState:
-        rounds = self._rounds(draws)
+    def _turns(self, params: Params, part: DecodeState, needs: Needs, mapped: Callable[..., Any]) -> DecodeState:
+        rounds = self._rounds(needs)
 
         def turn(part: DecodeState) -> DecodeState:
             return side_by_side.select(~part.done, rounds.round(params, part), part)
@@ -180,5 +178,5 @@ class Slots:
         turns = mapped(turn)
         return jax.lax.fori_loop(0, ROUNDS, lambda _, part: turns(part), part)
 
-    def _rounds(self, draws: bool) -> Rounds:
-        return self.rounds if draws else dataclasses.replace(self.rounds, sampling=Greedy())
+    def _rounds(self, needs: Needs) -> Rounds:
+        return dataclasses.replace(self.rounds, sampling=needs.sampler)

@@ -9,19 +9,19 @@ import numpy as np
 from jaxtyping import Int32
 
 from specmq_jax.decoding.decode import Generation
-from specmq_jax.decoding.request_sampling import RequestKey
+from specmq_jax.decoding.request_sampling import Needs, RequestKey
 from specmq_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for; `limit` counts the prompt, and unless it `draws` the best tokens are taken as they are. The
-    others are as in `Engine.submit`."""
+    """What was asked for; `limit` counts the prompt, and `needs` is what sampling must do for it. The others are as in
+    `Engine.submit`."""
 
     prompt: Int32[np.ndarray, "n"]
     limit: int
     key: RequestKey
-    draws: bool
+    needs: Needs
     stop_tokens: tuple[int, ...]
     until: Callable[[Sequence[int]], int | None] | None = None
     logprobs: int = 0

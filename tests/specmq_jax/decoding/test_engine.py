@@ -247,9 +247,9 @@ def test_everything_is_compiled_by_warm_up(target):
         functions = engine._run, engine._take_in, engine._admit
         assert engine.buckets == (1, 2)
         before = [function._cache_size() for function in functions]
-        assert before == [2 * 2, 1, 2 + 1]  # a prompt that draws or not, two that don't
-        for temperature in (0.0, 0.5):
-            engine.generate([request["prompt_ids"] for request in requests(5)], 12, temperature=temperature)
+        assert before == [2 * 3, 1, 3 + 1]  # a prompt that draws or not, or is penalised, two that don't draw
+        for options in ({}, {"temperature": 0.5}, {"logit_bias": {1: 2.0}}, {"presence_penalty": 0.5}):
+            engine.generate([request["prompt_ids"] for request in requests(5)], 12, **options)
         assert [function._cache_size() for function in functions] == before
 
 

@@ -11,7 +11,7 @@ from lowering import cuda_text, launches
 from pallas_kernels.nucleus import least_kept
 from specmq_jax import Greedy, Sampling, UserError
 from specmq_jax.decoding import sampling
-from specmq_jax.decoding.request_sampling import RequestKey, RequestSampling
+from specmq_jax.decoding.request_sampling import Needs, Past, RequestKey, RequestSampling
 from specmq_jax.decoding.sampling import seed_key
 
 
@@ -148,14 +148,16 @@ def test_the_kernel_draws_what_the_reference_draws(implementation, monkeypatch):
     assert drawn(implementation) == drawn("reference")
 
 
-def test_a_gpu_neither_sorts_nor_asks_the_host():
-    def draw(logits, positions, key):
-        return jax.vmap(RequestSampling(penalises=False))(logits, positions, key)
+@pytest.mark.parametrize("needs", [Needs.DRAWS, Needs.PENALTIES])
+def test_a_gpu_neither_sorts_nor_asks_the_host(needs, monkeypatch):
+    def draw(logits, positions, key, tokens, length):
+        one = lambda *each: needs.sampler(*each[:3], Past.committed(*each[3:], len(each[0])))  # noqa: E731
+        return jax.vmap(one)(logits, positions, key, tokens, length)
 
-    each = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), RequestKey.of(seed=0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "least_kept", functools.partial(least_kept, implementation="kernel"))
-        text = cuda_text(draw, jax.ShapeDtypeStruct((4, 8, 32000), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.int32), each)
+    monkeypatch.setattr(sampling, "least_kept", functools.partial(least_kept, implementation="kernel"))
+    key = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), RequestKey.of(seed=0))
+    text = cuda_text(draw, jax.ShapeDtypeStruct((4, 8, 32000), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.int32), key,
+                     jax.ShapeDtypeStruct((4, 100), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32))
     assert launches(text) == 3  # equal ones are written once
     assert not any(name in text for name in ("chlo.top_k", "stablehlo.sort", "stablehlo.case", "stablehlo.if"))
 
