@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from specmq_jax.decoding.drafters.checks import check_lengths, check_model, describe_model, is_count
 from specmq_jax.decoding.tree import Accepted, DraftTree
@@ -25,10 +25,12 @@ class ChainState(flax.struct.PyTreeNode):
       cache: the draft model's, as long as the target's.
       previous: i32 scalar, the committed token before the root. The first draft step takes in both: when every draft of
         the last round was accepted, the cache has no row for `previous` yet; else the row is written again.
+      behind: bool scalar, it has none.
     """
 
     cache: KVCache
     previous: Int32[Array, ""]
+    behind: Bool[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -81,13 +83,16 @@ class ChainDrafter:
         check_lengths(self.model.config, self.max_depth, max_len)
 
     def init(self, max_len: int, *, limit: int | None = None) -> ChainState:
-        return ChainState(cache=self.model.new_cache(max_len, limit=limit), previous=jnp.int32(0))
+        return ChainState(cache=self.model.new_cache(max_len, limit=limit), previous=jnp.int32(0),
+                          behind=jnp.asarray(False))
 
     def prefill(self, params: Any, state: ChainState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> ChainState:
         del next_tokens, features
-        _, _, cache = side_by_side.apply(self.model.module, params, tokens, state.cache)
-        return ChainState(cache=cache.advance(count), previous=tokens[count - 1])
+        start, last, room = state.cache.length, tokens[count - 1], count < tokens.shape[0]
+        tokens = jnp.where(state.behind, jnp.roll(tokens, 1).at[0].set(state.previous), tokens)
+        _, _, cache = side_by_side.apply(self.model.module, params, tokens, state.cache.rewind(start - state.behind))
+        return ChainState(cache=cache.rewind(start + count), previous=last, behind=state.behind & ~room)
 
     def propose(self, params: Any, state: ChainState, root: Int32[Array, ""]) -> tuple[DraftTree, ChainState]:
         start = state.cache.length
@@ -104,7 +109,8 @@ class ChainDrafter:
 
     def advance(self, params: Any, state: ChainState, accepted: Accepted) -> ChainState:
         del params
-        return ChainState(cache=state.cache.advance(accepted.count), previous=accepted.nodes[accepted.count - 1])
+        return ChainState(cache=state.cache.advance(accepted.count), previous=accepted.nodes[accepted.count - 1],
+                          behind=accepted.count > self.length)
 
     def accept_lengths(self, state: ChainState) -> Int32[np.ndarray, "n"]:
         del state

@@ -120,10 +120,12 @@ class HierarchicalDrafter:
     def prefill(self, params: Any, state: HierarchicalState, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> HierarchicalState:
         del features
-        _, features, cache = side_by_side.apply(self._module, params["model"], tokens, state.cache)
-        inner = self.inner.prefill(params["inner"], state.inner, tokens, next_tokens, features, count)
+        position = state.cache.length - state.ahead
+        _, features, cache = side_by_side.apply(self._module, params["model"], tokens, state.cache.rewind(position))
+        inner = self.inner.prefill(params["inner"], self.inner.rewind(state.inner, position), tokens, next_tokens, features,
+                                   count)
         cache = cache.advance(count)
-        return state.replace(cache=cache, inner=inner, position=cache.length)
+        return state.replace(cache=cache, inner=inner, position=cache.length, ahead=jnp.asarray(False))
 
     def propose(self, params: Any, state: HierarchicalState, root: Int32[Array, ""]
                 ) -> tuple[DraftTree, HierarchicalState]:

@@ -50,11 +50,11 @@ class Drafter(Protocol):
 
     def prefill(self, params: Params, state: State, tokens: Int32[Array, "M"], next_tokens: Int32[Array, "M"],
                 features: Float[Array, "M F"], count: Int32[Array, ""]) -> State:
-        """Takes in `count` more prompt tokens (the rest of M is padding).
+        """Takes in `count` more tokens, of the prompt or committed without a draft (the rest of M is padding).
 
         Args:
           params, state: as above.
-          tokens: ids; next_tokens: the id behind each (after the prompt: the first token the target drew).
+          tokens: ids; next_tokens: the id behind each (after the last: the newest token the target drew).
           features: what the target's forward pass gave for those rows: final-norm states, or captured streams.
           count: how many rows are real.
         """
