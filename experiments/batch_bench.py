@@ -3,7 +3,8 @@
 First a request for each slot, all of one length, through `specmq_jax.Engine`: tokens a second of decoding alone, of all
 sequences and of a user's one. Then requests of unequal lengths that come and go, three for each slot and at least six: tokens a
 second with the time that prompts take, while every slot is taken. With random weights drafts are never right: --accept_length
-makes the target draw what was drafted as often as that mean asks for, at the full cost of its pass.
+makes the target draw what was drafted as often as that mean asks for, at the full cost of its pass. As many calls draft as pay,
+unless --nobudget has all do; then short requests go first, from which the engine learns what drafts are worth.
 
 Some flags are those of the other experiments, with defaults of their own here: --methods is baseline; --precision is w4a16, and
 takes several names, separated by commas; an EAGLE head's tree is 5/4/16.
@@ -83,6 +84,7 @@ _COLUMNS: Mapping[str, Callable[[Measure], str]] = {
     "tokens/s\ndecoding": lambda measure: number(measure.decoding_tokens_per_second, 0),
     "tokens/s\na user": lambda measure: number(measure.tokens_per_second_of_a_user, 1),
     "tokens\na round": lambda measure: number(measure.accept_length, 2),
+    "drafted": lambda measure: part(measure.drafted),
     "host": lambda measure: part(measure.host),
     "warm-up\ns": lambda measure: number(measure.warm_up, 0)}
 
@@ -99,7 +101,7 @@ def _curves(measures: Sequence[Measure]) -> dict[str, list[tuple[float, float]]]
 
 def _entry(measure: Measure) -> dict[str, Any]:
     """Times in seconds, sizes in bytes."""
-    return {**dataclasses.asdict(measure), "tokens_per_second": measure.tokens_per_second,
+    return {**dataclasses.asdict(measure), "drafted": measure.drafted, "tokens_per_second": measure.tokens_per_second,
             "decoding_tokens_per_second": measure.decoding_tokens_per_second,
             "tokens_per_second_of_a_user": measure.tokens_per_second_of_a_user}
 
@@ -113,7 +115,7 @@ def _settings() -> Settings:
         config=shape(given.shape), precisions=bench_flags.precisions(), head_precision=bench_flags.head_precision(),
         methods=bench_flags.methods(methods.NAMES, "baseline"), drafting=bench_flags.drafting(_TREE),
         batches=bench_flags.counts("batches"), contexts=bench_flags.counts("contexts"), tokens=(tokens[0], tokens[-1]),
-        accept_length=given.accept_length, reproducible=given.reproducible)
+        accept_length=given.accept_length, reproducible=given.reproducible, budget=given.budget)
 
 
 def declare_flags() -> None:
@@ -125,6 +127,7 @@ def declare_flags() -> None:
     absl_flags.DEFINE_list("tokens", ["64", "512"], "The least and the most new tokens of a request; each draws its own.")
     absl_flags.DEFINE_float("accept_length", None, "Mean tokens that a round commits, the bonus token counted. Default: what "
                             "random weights give, which is 1.", lower_bound=1)
+    absl_flags.DEFINE_bool("budget", True, "Draft as much as pays with so many sequences; --nobudget drafts in every round.")
     absl_flags.DEFINE_string("json", None, "Also write all figures into this file, again behind each.")
     absl_flags.DEFINE_string("plot", None, "Also draw throughput against a user's speed into this .png file.")
 

@@ -166,11 +166,12 @@ def _run_method(settings: Settings, method: str, decoder: sm.Decoder, asked: Seq
 
 def _run_side_by_side(settings: Settings, method: str, decoder: sm.Decoder, asked: Sequence[Question], file: AnswerFile,
                       desk: Desk, console: Console, show: Show) -> None:
-    """Of a batch's method the throughput alone is measured, prompts included, and only where no former run answered a part."""
+    """Of a batch's method the throughput alone is measured, prompts included, and only where no former run answered a part.
+    Every round drafts, even where none would be faster: how a method does is what is asked."""
     resumed = bool(file.found)
     waiting = [question for question in asked if question.id not in file.answered]
     with show(console, method, total=len(asked), done=len(file.found)) as reporter, sm.Engine(
-            decoder.target, decoder.drafter, decoder.config, slots=settings.slots) as engine:
+            decoder.target, decoder.drafter, decoder.config, slots=settings.slots, budget=False) as engine:
         reporter.doing("compiling")
         engine.warm_up(draws=not isinstance(settings.sampling, Greedy))
         reporter.doing(ANSWERING)

@@ -3,7 +3,7 @@
 import dataclasses
 import gc
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ class Settings:
       tokens: the least and the most that a request asks for; each draws its own between them.
       accept_length: mean tokens that a round commits, which random weights are made to; None leaves them as they are.
       reproducible: as in `DecodeConfig`.
+      budget: as in `Engine`.
     """
 
     config: sm.LlamaConfig
@@ -47,6 +48,7 @@ class Settings:
     tokens: tuple[int, int] = (64, 512)
     accept_length: float | None = None
     reproducible: bool = False
+    budget: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Measure:
       tokens, seconds: committed while requests came and went and every slot was taken, and that time, prompts included.
       decoding_tokens, decoding_seconds: of as many requests as there are slots, all of one length, behind their prompts.
       accept_length: mean over rounds.
+      calls: of those requests of one length, by the nodes of the trees that were drafted, 1 where none was.
       host: share of the decoding seconds in which the host did not wait for the device, which so may have waited for it.
       warm_up: seconds that compiling took.
       peak: bytes of device memory, the most since the process began; None where the device doesn't tell.
@@ -72,6 +75,7 @@ class Measure:
     decoding_tokens: int
     decoding_seconds: float
     accept_length: float
+    calls: Mapping[int, int]
     host: float
     warm_up: float
     peak: int | None
@@ -85,6 +89,11 @@ class Measure:
     def decoding_tokens_per_second(self) -> float | None:
         """Without it; None where the requests were too short to tell."""
         return self.decoding_tokens / self.decoding_seconds if self.decoding_seconds else None
+
+    @property
+    def drafted(self) -> float:
+        """Share of the calls, each of as many rounds, that drafted."""
+        return 1 - self.calls.get(1, 0) / max(1, sum(self.calls.values()))
 
     @property
     def tokens_per_second_of_a_user(self) -> float | None:
@@ -119,12 +128,15 @@ class _ForcedRounds(Rounds):
 
 
 class _ForcedEngine(sm.Engine):
-    """An engine whose accept length is given."""
+    """An engine whose accept length is given. It tells nothing of what smaller trees would accept, and so there are none."""
 
-    def __init__(self, target: sm.Model, drafter: Drafter, config: sm.DecodeConfig, *, slots: int, accept_length: float
-                 ) -> None:
+    def __init__(self, target: sm.Model, drafter: Drafter, config: sm.DecodeConfig, *, slots: int, budget: bool,
+                 accept_length: float) -> None:
         self._accept_length = accept_length
-        super().__init__(target, drafter, config, slots=slots)
+        super().__init__(target, drafter, config, slots=slots, budget=budget)
+
+    def _make_choices(self) -> tuple[Drafter, ...]:
+        return self.drafter, sm.NoDrafter()
 
     def _make_rounds(self) -> Rounds:
         rounds = super()._make_rounds()
@@ -154,9 +166,10 @@ def _measure(settings: Settings, target: sm.Model, drafter: Drafter, method: str
     least, most = settings.tokens
     config = sm.DecodeConfig(max_len=context + most + 1, reproducible=settings.reproducible)
     if settings.accept_length and drafter.max_depth:
-        engine: sm.Engine = _ForcedEngine(target, drafter, config, slots=batch, accept_length=settings.accept_length)
+        engine: sm.Engine = _ForcedEngine(target, drafter, config, slots=batch, budget=settings.budget,
+                                          accept_length=settings.accept_length)
     else:
-        engine = sm.Engine(target, drafter, config, slots=batch)
+        engine = sm.Engine(target, drafter, config, slots=batch, budget=settings.budget)
     with engine:
         start = time.perf_counter()
         engine.warm_up(draws=False)
@@ -167,8 +180,12 @@ def _measure(settings: Settings, target: sm.Model, drafter: Drafter, method: str
             return [engine.submit(rng.integers(0, target.config.vocab_size, context).tolist(), int(length))
                     for length in lengths]
 
+        for ticket in submitted([least] * batch if drafter.max_depth else ()):
+            ticket.result()  # from which the engine learns accept lengths
+        before = engine.calls.copy()
         together = _Together(engine, submitted([most] * batch))
         together.run()
+        calls = engine.calls - before
         figures = _Figures(engine, submitted(rng.integers(least, most + 1, max(_LEAST_REQUESTS, _TURNS * batch))))
         figures.run()
         rounds = np.concatenate([ticket.result().accept_lengths for ticket in figures.tickets])
@@ -176,8 +193,8 @@ def _measure(settings: Settings, target: sm.Model, drafter: Drafter, method: str
     return Measure(
         precision=target.precision, method=method, batch=batch, context=context, tokens=figures.tokens,
         seconds=figures.seconds, decoding_tokens=together.tokens, decoding_seconds=together.seconds,
-        accept_length=float(rounds.mean()), host=1 - together.waited / together.seconds if together.seconds else 0.0,
-        warm_up=warm_up, peak=peak)
+        accept_length=float(rounds.mean()), calls=dict(calls),
+        host=1 - together.waited / together.seconds if together.seconds else 0.0, warm_up=warm_up, peak=peak)
 
 
 class _Together:

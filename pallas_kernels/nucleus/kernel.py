@@ -26,7 +26,7 @@ from pallas_kernels.top_k import order
 
 # Selections between scalars take constants that have a dtype: JAX lowers the others as booleans.
 _OVER, _COUNT, _MASS = np.int32(0), np.int32(1), np.int32(2)  # what a search looks for
-_NONE, _NOTHING, _UNKNOWN = np.int32(0), np.float32(0), np.float32(-1)
+_NONE, _NOTHING = np.int32(0), np.float32(0)  # other numbers that are no variables Triton stores as unsigned integers
 _BELOW_ALL = np.int32(-0x7F800002)  # one below the integer of -inf
 _DEEP, _DEEPEST = np.float32(-32), np.float32(-64)  # exp(-32) of a whole vocabulary is no part of a sum in f32
 _PASSES_BY_VALUE = 6
@@ -67,7 +67,7 @@ def heuristic(columns: int) -> Config:
 
 class _Search(NamedTuple):
     """A row's search. `mode` is what it looks for, `passes` how many were made for it, `(low, high]` the gap in integers;
-    counts and masses are those above its ends; `goal` is a mass, below 0 as long as it is not known."""
+    counts and masses are those above its ends; `goal` is a mass, 0 as long as it is not known."""
 
     mode: Int32[Array, ""]
     passes: Int32[Array, ""]
@@ -85,7 +85,7 @@ _INTEGERS = 6  # fields of a search that are
 
 def _begun(top_k: Int32[Array, ""], top_p: Float[Array, ""], columns: int) -> _Search:
     mode = jnp.where((top_k > 0) & (top_k < columns), _COUNT, jnp.where(top_p < 1, _MASS, _OVER))
-    return _Search(*map(jnp.asarray, (mode, _NONE, _BELOW_ALL, _NONE, np.int32(columns), _NONE, _NOTHING, _NOTHING, _UNKNOWN)))
+    return _Search(*map(jnp.asarray, (mode, _NONE, _BELOW_ALL, _NONE, np.int32(columns), _NONE, _NOTHING, _NOTHING, _NOTHING)))
 
 
 def _key(value: Float[Array, "..."]) -> Int32[Array, "..."]:
@@ -144,7 +144,7 @@ def _narrowed(search: _Search, thresholds: Int32[Array, "W"], counts: Int32[Arra
     is_first = jnp.arange(thresholds.shape[0]) == 0
     counts, masses = search.high_count + counts, search.high_mass + masses
     all_mass = jnp.sum(jnp.where(is_first, masses, _NOTHING))
-    goal = jnp.where(search.goal < 0, top_p * all_mass, search.goal)
+    goal = jnp.where(search.goal <= 0, top_p * all_mass, search.goal)
     # the lower end reaches the goal whatever has been rounded
     reaches = is_first | ((search.mode == _COUNT) & (counts >= top_k)) | ((search.mode == _MASS) & (masses >= goal))
     low = jnp.max(jnp.where(reaches, thresholds, search.low))

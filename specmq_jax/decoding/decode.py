@@ -17,7 +17,7 @@ from specmq_jax.decoding.config import DecodeConfig
 from specmq_jax.decoding.costs import parts, traffic
 from specmq_jax.decoding.costs.parts import PhaseTimes
 from specmq_jax.decoding.drafters import Drafter, NoDrafter
-from specmq_jax.decoding.rounds import DecodeState, Params, Rounds
+from specmq_jax.decoding.rounds import MOST_AT_ONCE, DecodeState, Params, Rounds
 from specmq_jax.decoding.sampling import seed_key
 from specmq_jax.decoding.tree import Accepted, DraftTree
 from specmq_jax.errors import NotFiniteError, UserError
@@ -295,7 +295,8 @@ class Decoder:
         stops = np.asarray(self.config.stop_tokens or (-1,), np.int32)
         length = len(prompt) + 1
         small = {"tokens": self._tokens([*prompt, int(first)]), "length": np.int32(length), "limit": np.int32(limit),
-                 "done": np.bool_(length >= limit or int(first) in self.config.stop_tokens), "fault": np.int32(-1), "key": key,
+                 "done": np.bool_(length >= limit or int(first) in self.config.stop_tokens), "fault": np.int32(-1),
+                 "lag": np.int32(0), "key": key,
                  "stop_tokens": stops,
                  "accept_lengths": np.zeros(self._capacity, np.int32), "rounds": np.int32(0)}
         return DecodeState(**self._placed(small), cache=cache, drafter=drafter)
@@ -344,7 +345,7 @@ def prefill_chunks(config: DecodeConfig) -> tuple[int, ...]:
 
 def cache_rows(config: DecodeConfig, drafter: Drafter) -> int:
     """Rows of each cache: the tokens it is meant for, and room for a draft or a padded chunk behind them."""
-    slack = max(drafter.tree_size, drafter.scratch_rows, *prefill_chunks(config))
+    slack = max(drafter.tree_size, drafter.scratch_rows, MOST_AT_ONCE, *prefill_chunks(config))
     return -(-(config.max_len + slack) // 128) * 128
 
 

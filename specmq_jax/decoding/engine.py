@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from specmq_jax import entries
+from specmq_jax.decoding import budget as budgets
+from specmq_jax.decoding.budget import Budget
 from specmq_jax.decoding.compilation import compiler_options, enable_persistent_cache
 from specmq_jax.decoding.config import DecodeConfig
 from specmq_jax.decoding.decode import (
@@ -21,21 +23,19 @@ from specmq_jax.decoding.decode import (
     Logprobs,
     cache_bytes,
     cache_rows,
-    check_count,
-    check_prompt,
     default_config,
     not_finite,
     prefill_chunks,
 )
 from specmq_jax.decoding.drafters import Drafter, HierarchicalDrafter, NoDrafter
-from specmq_jax.decoding.request_sampling import MOST_STOP_TOKENS, Needs, RequestKey, RequestSampling
+from specmq_jax.decoding.request_sampling import Needs, RequestKey, RequestSampling
 from specmq_jax.decoding.rounds import Params, Rounds
 from specmq_jax.decoding.sampling import Greedy, Sampling
-from specmq_jax.decoding.slots import MOST_LOGPROBS, ROUNDS, Asked, Chunk, First, Slots
-from specmq_jax.decoding.tickets import Request, Ticket, rounds_until
+from specmq_jax.decoding.slots import ROUNDS, Chunk, First, Report, Slots
+from specmq_jax.decoding.tickets import Request, Ticket, check_stop_tokens, rounds_until, shared_tokens
 from specmq_jax.errors import UserError
 from specmq_jax.formats import MOST_REPRODUCIBLE_ROWS
-from specmq_jax.loading.memory import check_room
+from specmq_jax.loading.memory import check_room, tree_bytes
 from specmq_jax.loading.model import Model, check_positions
 from specmq_jax.network import side_by_side
 
@@ -54,15 +54,22 @@ class Engine:
 
     A request whose prompt begins like what a free slot holds, as the next turn of a chat does, goes on behind that, but not
     with `reproducible`: rows that were decoded have other last bits than those of a prompt.
+
+    Behind `warm_up` each call drafts as much as pays: the drafter's whole trees, smaller ones, or nothing, whichever is
+    expected to commit most tokens a second of so many sequences. `warm_up` measures what their rounds take, and the requests'
+    accept lengths tell what they commit. While nothing is drafted, what the drafter would have read is kept, and it takes that
+    in before it drafts again. The tokens don't depend on it. Attribute `calls` counts the calls by the nodes of their trees, 1
+    where nothing is drafted.
     """
 
     def __init__(self, target: Model, drafter: Drafter | None = None, config: DecodeConfig | None = None, *,
-                 slots: int = 8) -> None:
+                 slots: int = 8, budget: bool = True) -> None:
         """Compiles nothing yet.
 
         Args:
           target, drafter, config: as for `Decoder`; sampling and stop tokens are what a request has that doesn't say.
           slots: sequences at once.
+          budget: whether calls draft as much as pays; without it each drafts the drafter's whole trees.
 
         Raises:
           UserError: as `Decoder`, a sampler that is neither `Greedy` nor `Sampling`, a number of slots that is none, or too
@@ -72,6 +79,7 @@ class Engine:
         self.target, self.drafter = target, drafter if drafter is not None else NoDrafter()
         self.config = config if config is not None else default_config(target)
         self.slots = entries.integer("Engine", "slots", slots, low=1)
+        entries.flag("Engine", "budget", budget)
         if not isinstance(self.config.sampling, Greedy | Sampling):
             raise UserError(f"an engine's requests are sampled by Greedy() or Sampling(...); found {self.config.sampling!r}")
         check_positions(self.config.max_len, target.config)
@@ -80,29 +88,34 @@ class Engine:
         if self.config.reproducible and rows > MOST_REPRODUCIBLE_ROWS:
             raise UserError(f"reproducible decoding verifies at most {MOST_REPRODUCIBLE_ROWS} rows at once; {slots} slots of "
                             f"{self.drafter.tree_size} nodes are {rows}")
-        self._stop_tokens(self.config.stop_tokens)
+        check_stop_tokens(self.config.stop_tokens)
         self._capacity = cache_rows(self.config, self.drafter)
-        self._slots = Slots(target=target, rounds=self._make_rounds(), count=slots, limit=self.config.max_len,
-                            capacity=self._capacity)
+        self._choices = self._make_choices() if budget else (self.drafter,)
+        self._budget = Budget([drafter.max_depth for drafter in self._choices])
+        self._slots = Slots(target=target, rounds=self._make_rounds(), choices=self._choices, count=slots,
+                            limit=self.config.max_len, capacity=self._capacity)
         self._chunks = prefill_chunks(self.config)
-        check_room(slots * cache_bytes(target, self.drafter, self._capacity),
-                   f"{slots} slots of {self.config.max_len} tokens")
+        check_room(slots * cache_bytes(target, self.drafter, self._capacity) +
+                   tree_bytes(jax.eval_shape(self._slots.empty_features)), f"{slots} slots of {self.config.max_len} tokens")
         (self._device,) = jax.tree.leaves(target.params)[0].devices()
         placed = functools.partial(jax.jit, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
-        self._state = placed(self._slots.empty)()
+        self._state, self._features = placed(self._slots.empty)(), placed(self._slots.empty_features)()
         compiled = functools.partial(jax.jit, donate_argnums=1, compiler_options=compiler_options())
-        self._run = compiled(self._slots.run, static_argnums=3)
+        self._run = compiled(self._slots.run, donate_argnums=(1, 2), static_argnums=(4, 5))
+        self._catch_up = compiled(self._slots.catch_up)
+        self._filled = jax.jit(self._slots.filled, donate_argnums=0)
         self._scores = compiled(self._slots.scores)
         self._take_in, self._admit = compiled(self._slots.ingest), compiled(self._slots.ingest_last, static_argnums=5)
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, Ticket] = {}
         self._entering: Ticket | None = None
-        self._pending: list[tuple[list[Ticket | None], Any]] = []
+        self._pending: list[tuple[list[Ticket | None], int, Any]] = []
         self._free = list(range(slots))
         self._holders: list[Ticket | None] = [None] * slots
-        self._held = [np.zeros(0, np.int32)] * slots
+        self._held, self._lags = [np.zeros(0, np.int32)] * slots, np.zeros(slots, np.int32)
         self._arrivals, self._driving, self._is_closed = threading.Lock(), threading.RLock(), False
         self.admitted, self.active, self.reused, self.waited = 0, 0, 0, 0.0
+        self.calls: collections.Counter[int] = collections.Counter()
 
     def __repr__(self) -> str:
         drafter = "" if isinstance(self.drafter, NoDrafter) else f"{self.drafter!r}, "
@@ -174,32 +187,11 @@ class Engine:
           UserError: an empty prompt, an id outside the vocabulary, a prompt longer than the cache, a setting outside its range,
             or an engine that is closed.
         """
-        prompt = check_prompt(prompt_ids, self.target, self.config)
-        if max_new_tokens is not None:
-            check_count("max_new_tokens", max_new_tokens)
-        room = self.config.max_len - len(prompt)
-        default = self.config.sampling if isinstance(self.config.sampling, Sampling) else None
-        if temperature is None:
-            temperature = default.temperature if default else 0.0
-        stops = self._stop_tokens(self.config.stop_tokens if stop_tokens is None else stop_tokens)
-        least = entries.integer("a request", "min_tokens", min_tokens, low=0)
-        key = RequestKey.of(
-            seed=self.config.seed if seed is None else seed, temperature=temperature,
-            top_k=(default.top_k if default else 0) if top_k is None else top_k,
-            top_p=(default.top_p if default else 1.0) if top_p is None else top_p, min_p=min_p, logit_bias=logit_bias,
-            barred=stops if least else (), bar=min(len(prompt) + least, self.config.max_len) if least else 0,
+        ticket = Ticket(self, Request.of(
+            self.target, self.config, prompt_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, seed=seed, stop_tokens=stop_tokens, min_tokens=min_tokens, logit_bias=logit_bias,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, repetition_penalty=repetition_penalty,
-            start=len(prompt))
-        penalised = presence_penalty != 0 or frequency_penalty != 0 or repetition_penalty != 1
-        for token in logit_bias or {}:
-            if token >= self.target.config.vocab_size:
-                raise UserError(f"logit_bias names token {token}; the vocabulary has {self.target.config.vocab_size}")
-        ticket = Ticket(self, Request(
-            prompt=prompt, key=key, stop_tokens=stops,
-            needs=Needs.PENALTIES if penalised else Needs(temperature > 0 or bool(logit_bias) or least > 0),
-            limit=len(prompt) + (room if max_new_tokens is None else min(max_new_tokens, room)), until=until,
-            **{name: entries.integer("a request", name, value, low=0, high=MOST_LOGPROBS)
-               for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs))}))
+            until=until, logprobs=logprobs, prompt_logprobs=prompt_logprobs))
         with self._arrivals:
             if self._is_closed:
                 raise UserError("the engine is closed")
@@ -213,19 +205,21 @@ class Engine:
         return [ticket.result() for ticket in tickets]
 
     def warm_up(self, *, draws: bool = True) -> None:
-        """Compiles all that requests will need: three loops for each of `buckets`, for best tokens, for draws, and for draws
-        with penalties; a prompt's last chunk of each length, alone and beside others; and one before it. Requests that were
-        submitted are answered first. Unless one `draws`, all are expected to be greedy, without a bias, a penalty or a least
-        length."""
+        """Compiles all that requests will need: loops for best tokens, for draws, and for draws with penalties, for each of
+        `buckets` and each tree that a call may choose there, which are also timed; a prompt's last chunk of each length, alone
+        and beside others; and one before it. Requests that were submitted are answered first. Unless one `draws`, all are
+        expected to be greedy, without a bias, a penalty or a least length."""
         with self._driving:
             while self.step():
                 pass
             if self._is_closed:
                 raise UserError("the engine is closed")
             for size in self.buckets:
-                slots = np.arange(size, dtype=np.int32)
+                if len(self._choices) > 1:
+                    self._take_in_lag(range(size))
                 for needs in Needs if draws else (Needs.BEST,):
-                    self._state, _ = self._run(self.params, self._state, slots, needs)
+                    self._compile(size, needs)
+            self._fill(0)
             self._held = [np.zeros(0, np.int32)] * self.slots  # for rows are written over
             made = Ticket(self, Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), needs=Needs.BEST,
                                         stop_tokens=()))
@@ -233,11 +227,33 @@ class Engine:
             for size in self._chunks:
                 for count in self._groups(size):
                     chunks, asked = (jax.tree.map(lambda leaf, count=count: np.stack([leaf] * count), part)
-                                     for part in (self._chunk(made, size), self._asked(made.request)))
+                                     for part in (self._chunk(made, size), made.request.asked(self._capacity)))
                     for needs in Needs if draws and count == 1 else (Needs.BEST,):
                         self._state, _ = self._admit(
                             self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, needs)
             jax.block_until_ready(self._state)
+
+    def _compile(self, size: int, needs: Needs) -> None:
+        """Compiles the calls of so many slots, and measures them, in empty and in full caches, if there are several."""
+        calls = {choice: functools.partial(self._call, range(size), needs, choice)
+                 for choice in budgets.affordable(self._choices, size)}
+        for call in calls.values():
+            jax.block_until_ready(call())
+        if len(self._choices) > 1:
+            self._budget.measured(size, needs, budgets.measure(calls, (1, self.config.max_len), self._fill))
+
+    def _fill(self, length: int) -> None:
+        self._state = self._filled(self._state, np.int32(length))
+
+    def _call(self, slots: Sequence[int], needs: Needs, choice: int) -> Report:
+        self._state, self._features, report = self._run(
+            self.params, self._state, self._features, np.asarray(slots, np.int32), needs, choice)
+        return report
+
+    def _take_in_lag(self, slots: Sequence[int]) -> None:
+        """Has the drafters of these slots take in what was committed without drafts."""
+        self._state = self._catch_up(self.params, self._state, self._features, np.asarray(slots, np.int32))
+        self._lags[slots] = 0
 
     def step(self) -> bool:
         """Takes in what waits and has room, starts one call of a few rounds, and reads what the call before it has left.
@@ -309,6 +325,9 @@ class Engine:
             self._waiting.popleft()
         ticket.slot, ticket.taken, ticket.reused = slot, shared[slot], shared[slot]
         self.reused += ticket.reused
+        if ticket.reused and self._lags[slot]:
+            self._take_in_lag([slot])
+        self._lags[slot] = 0
         self._free.remove(slot)
         self._holders[slot], self._held[slot] = ticket, np.zeros(0, np.int32)
         ticket.times.append(time.perf_counter())
@@ -329,11 +348,11 @@ class Engine:
             count = 1 << len(tickets).bit_length() - 1
             group, tickets = tickets[:count], tickets[count:]
             chunks, asked = (jax.tree.map(lambda *each: np.stack(each), *parts) for parts in (
-                [self._chunk(ticket, size) for ticket in group], [self._asked(ticket.request) for ticket in group]))
+                [self._chunk(ticket, size) for ticket in group], [ticket.request.asked(self._capacity) for ticket in group]))
             slots = np.asarray([ticket.slot for ticket in group], np.int32)
             self._state, first = self._admit(self.params, self._state, slots, chunks, asked, group[0].request.needs)
             self.admitted += count
-            self._pending.append((list(group), first))
+            self._pending.append((list(group), 0, first))
             for ticket in group:
                 self._running[ticket.slot] = ticket
                 ticket.coming += 1
@@ -348,35 +367,19 @@ class Engine:
 
     def _chunk(self, ticket: Ticket, size: int) -> Chunk:
         """The next tokens of its prompt."""
-        return self._chunk_of(ticket.request.prompt, ticket.taken, size, begins=ticket.taken == ticket.reused)
-
-    @staticmethod
-    def _chunk_of(prompt: Int32[np.ndarray, "n"], start: int, size: int, *, begins: bool) -> Chunk:
-        tokens, following = prompt[start:start + size], prompt[start + 1:start + 1 + size]
-        return Chunk(np.pad(tokens, (0, size - len(tokens))), np.pad(following, (0, size - len(following))),
-                     np.int32(len(tokens)), np.int32(start), np.bool_(begins))
+        return Chunk.of(ticket.request.prompt, ticket.taken, size, begins=ticket.taken == ticket.reused)
 
     def _shared(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> int:
         """Tokens of a prompt that need not be taken in again where a slot is free: those that it begins with like what the slot
         holds, but for the last of them, behind which a drafter may read on."""
-        held = self._held[slot][:len(prompt) - 1]
-        if not len(held) or held[0] != prompt[0]:
-            return 0
-        differing = np.flatnonzero(held != prompt[:len(held)])
-        return max(0, (int(differing[0]) if len(differing) else len(held)) - 1)
+        return max(0, shared_tokens(self._held[slot], prompt[:-1]) - 1)
 
     def _keep(self, ticket: Ticket) -> None:
         """Notes what the slot of a request that has ended holds; its drafter may not have taken in the last two tokens."""
+        # where a function has ended it the device may go on, and take in other tokens: that costs the next request drafts alone
         can_reuse = not self.config.reproducible and getattr(self.drafter, "resumes", False)
         if can_reuse and ticket.error is None and self._holders[ticket.slot] is ticket:
             self._held[ticket.slot] = np.asarray([*ticket.request.prompt, *ticket.tokens][:-2], np.int32)
-
-    def _asked(self, request: Request) -> Asked:
-        tokens = np.zeros(self._capacity, np.int32)
-        tokens[:len(request.prompt)] = request.prompt
-        stops = np.full(MOST_STOP_TOKENS, -1, np.int32)
-        stops[:len(request.stop_tokens)] = request.stop_tokens
-        return Asked(tokens, np.int32(len(request.prompt)), np.int32(request.limit), request.key, stops)
 
     def _start(self) -> None:
         """A call on the slots that run, filled up with free ones to a bucket."""
@@ -394,8 +397,15 @@ class Engine:
         if len(slots) < size:  # the slot that is being filled stands aside
             slots = [*slots, self._entering_slot]
         needs = max(ticket.request.needs for ticket in running.values())
-        self._state, report = self._run(self.params, self._state, np.asarray(slots, np.int32), needs)
-        self._pending.append(([running.get(slot) for slot in slots], report))
+        lengths = [len(ticket.request.prompt) + ticket.count for ticket in running.values()]
+        choice = self._budget.choose(size, needs, sum(lengths) / len(lengths))
+        self.calls[self._choices[choice].tree_size] += 1
+        lag = ROUNDS if self._slots.leaves_behind(choice) else 0
+        if self._lags[list(running)].max() > (self._slots.most_lag - lag if lag else 0):
+            self._take_in_lag(slots)
+        self._lags[list(running)] += lag
+        report = self._call(slots, needs, choice)
+        self._pending.append(([running.get(slot) for slot in slots], choice, report))
         for slot, ticket in running.items():
             ticket.coming += ROUNDS
             if self._ends_for_certain(ticket):
@@ -416,7 +426,7 @@ class Engine:
     def _finish_pending(self, count: int | None = None) -> None:
         """Reads what the oldest calls have left: all of them, or so many."""
         taken, self._pending = self._pending[:count], [] if count is None else self._pending[count:]
-        for tickets, report in taken:
+        for tickets, choice, report in taken:
             if isinstance(report, First):
                 first = self._read(report)
                 for place, ticket in enumerate(tickets):
@@ -434,6 +444,7 @@ class Engine:
             def lengths(place: int, accepted: Callable[[], Any] = accepted, rounds: Any = rounds) -> Any:
                 return accepted()[place, :rounds[place]]
 
+            found = np.zeros(2, np.int64)
             for place, ticket in enumerate(tickets):
                 if ticket is None:
                     continue
@@ -441,8 +452,11 @@ class Engine:
                 if ticket.is_done:
                     continue
                 news = int(length[place]) - len(ticket.request.prompt) - ticket.count
+                found += news, int(rounds[place]) - ticket.rounds
+                ticket.rounds = int(rounds[place])
                 self._told(ticket, fresh[place, :news].tolist(), bool(done[place]), int(fault[place]),
                            functools.partial(lengths, place))
+            self._budget.learn(choice, *found.tolist())
 
     def _read(self, report: Any) -> Any:
         start = time.perf_counter()
@@ -489,7 +503,7 @@ class Engine:
         committed, size = np.asarray([*request.prompt, *tokens], np.int32), self._chunks[0]
         first, found = 0 if request.prompt_logprobs else prompt - 1, []
         for start in range(first, len(committed) - 1, size):
-            chunk = self._chunk_of(committed, start, size, begins=False)
+            chunk = Chunk.of(committed, start, size, begins=False)
             self._state, scores = self._scores(self.params, self._state, np.int32(ticket.slot), chunk)
             found.append([each[:min(size, len(committed) - 1 - start)] for each in self._read(scores)])
         own, best, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -504,18 +518,15 @@ class Engine:
         with self._arrivals:
             self._is_closed = True
             entering = [self._entering] if self._entering else []
-            started = [ticket for tickets, _ in self._pending for ticket in tickets if ticket]
+            started = [ticket for tickets, *_ in self._pending for ticket in tickets if ticket]
             for ticket in (*self._waiting, *self._running.values(), *entering, *started):
                 if not ticket.is_done:
                     ticket.error = error
             self._waiting.clear()
-        self._running, self._entering, self._pending, self._state = {}, None, [], None
+        self._running, self._entering, self._pending, self._state, self._features = {}, None, [], None, None
+
+    def _make_choices(self) -> tuple[Drafter, ...]:
+        return budgets.choices(self.drafter)
 
     def _make_rounds(self) -> Rounds:
         return dataclasses.replace(Rounds.of(self.target, self.drafter, self.config), sampling=RequestSampling())
-
-    def _stop_tokens(self, stop_tokens: Sequence[int]) -> tuple[int, ...]:
-        stops = entries.integers("a request", "stop_tokens", stop_tokens)
-        if len(stops) > MOST_STOP_TOKENS:
-            raise UserError(f"a request has at most {MOST_STOP_TOKENS} stop tokens; found {len(stops)}")
-        return stops

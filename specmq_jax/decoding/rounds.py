@@ -31,6 +31,10 @@ Params = tuple[Any, Any]
 """The target's parameters and the drafter's."""
 
 
+MOST_AT_ONCE = 64
+"""Tokens that a drafter takes in at a time of those that were committed without it."""
+
+
 class DecodeState(flax.struct.PyTreeNode):
     """Everything one sequence carries from round to round.
 
@@ -43,6 +47,7 @@ class DecodeState(flax.struct.PyTreeNode):
         sequence: no token is committed behind it. -1 where all are finite.
       cache: the target's.
       drafter: the drafter's own state.
+      lag: i32 scalar, the newest tokens but for the root that the drafter hasn't taken in, for they came without drafts.
       key: of the sampling noise, or what else the sampler takes for one.
       stop_tokens: i32[S], ids that end the sequence.
       accept_lengths: i32[capacity], tokens each round accepted, the bonus token counted, before any cut.
@@ -56,6 +61,7 @@ class DecodeState(flax.struct.PyTreeNode):
     fault: Int32[Array, ""]
     cache: KVCache
     drafter: Any
+    lag: Int32[Array, ""]
     key: Any
     stop_tokens: Int32[Array, "S"]
     accept_lengths: Int32[Array, "C"]
@@ -137,10 +143,28 @@ class Rounds:
         drafter = self.drafter.advance(params[1], drafter, accepted)
         return commit(state, accepted).replace(cache=cache, drafter=drafter)
 
+    def plain_round(self, params: Params, state: DecodeState) -> tuple[DecodeState, Float[Array, "F"]]:
+        """A round that drafts nothing: the state, whose drafter lags behind, and what that will read of the root's row."""
+        accepted, cache = self.verify(params[0], state, DraftTree.chain(state.tokens[state.length - 1][None]))
+        assert accepted.features is not None  # of a verification
+        after = commit(state, accepted)
+        return after.replace(cache=cache, lag=state.lag + after.length - state.length), accepted.features[0]
+
+    def catch_up(self, params: Params, state: DecodeState, features: Float[Array, "M F"]) -> DecodeState:
+        """The drafter takes in the oldest of the rows that it lags behind by, M of them at most, whose features these are."""
+        rows, count = lagging(state, features.shape[0]), jnp.minimum(state.lag, features.shape[0])
+        drafter = self.drafter.prefill(params[1], state.drafter, state.tokens[rows], state.tokens[rows + 1], features, count)
+        return state.replace(drafter=side_by_side.select(count > 0, drafter, state.drafter), lag=state.lag - count)
+
     def run(self, params: Params, state: DecodeState, most: Int32[Array, ""]) -> DecodeState:
         """Rounds until the sequence is done, `most` of them at most."""
         last = state.rounds + most
         return jax.lax.while_loop(lambda s: ~s.done & (s.rounds < last), lambda s: self.round(params, s), state)
+
+
+def lagging(state: DecodeState, most: int) -> Int32[Array, "*N M"]:
+    """Positions of the oldest rows that the drafter hasn't taken in, `most` of them, and of others behind."""
+    return (state.length - 1 - state.lag)[..., None] + jnp.arange(most)
 
 
 def commit(state: DecodeState, accepted: Accepted) -> DecodeState:
