@@ -1,9 +1,11 @@
 """Decoding many sequences in one loop."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +43,9 @@ from specmq_jax.network import side_by_side
 
 _TOGETHER = 512
 """Rows of a pass over several prompts."""
+
+_MOST_THREADS = 16
+"""Functions that are compiled at a time; each needs some memory of the host."""
 
 
 class Engine:
@@ -214,27 +219,46 @@ class Engine:
                 pass
             if self._is_closed:
                 raise UserError("the engine is closed")
+            loops, made = list(self._loops(draws)), Request(
+                prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), needs=Needs.BEST, stop_tokens=())
+            chunk = functools.partial(Chunk.of, made.prompt, 0, begins=True)
+            inner = np.int32(0), chunk(self._chunks[-1])
+            starts = [(np.arange(count, dtype=np.int32), *(_stacked([each] * count) for each in (
+                chunk(size), made.asked(self._capacity))), needs)
+                for size in self._chunks for count in self._groups(size)
+                for needs in (Needs if draws and count == 1 else (Needs.BEST,))]
+            self._compile([(self._run, self._features, slots, needs, choice) for slots, needs, choice in loops]
+                          + [(self._admit, *start) for start in starts] + [(self._take_in, *inner)]
+                          + [(self._catch_up, self._features, np.arange(size, dtype=np.int32)) for size in self.buckets
+                             if len(self._choices) > 1])
             for size in self.buckets:
                 if len(self._choices) > 1:
                     self._take_in_lag(range(size))
-                for needs in Needs if draws else (Needs.BEST,):
-                    self._compile(size, needs)
+                for needs in dict.fromkeys(needs for _, needs, _ in loops):
+                    self._measure(size, needs)
             self._fill(0)
             self._held = [np.zeros(0, np.int32)] * self.slots  # for rows are written over
-            made = Ticket(self, Request(prompt=np.zeros(1, np.int32), limit=1, key=RequestKey.of(seed=0), needs=Needs.BEST,
-                                        stop_tokens=()))
-            self._state = self._take_in(self.params, self._state, np.int32(0), self._chunk(made, self._chunks[-1]))
-            for size in self._chunks:
-                for count in self._groups(size):
-                    chunks, asked = (jax.tree.map(lambda leaf, count=count: np.stack([leaf] * count), part)
-                                     for part in (self._chunk(made, size), made.request.asked(self._capacity)))
-                    for needs in Needs if draws and count == 1 else (Needs.BEST,):
-                        self._state, _ = self._admit(
-                            self.params, self._state, np.arange(count, dtype=np.int32), chunks, asked, needs)
+            self._state = self._take_in(self.params, self._state, *inner)
+            for start in starts:
+                self._state, _ = self._admit(self.params, self._state, *start)
             jax.block_until_ready(self._state)
 
-    def _compile(self, size: int, needs: Needs) -> None:
-        """Compiles the calls of so many slots, and measures them, in empty and in full caches, if there are several."""
+    def _loops(self, draws: bool) -> Iterator[tuple[Int32[np.ndarray, "N"], Needs, int]]:
+        """Slots, sampling and choice of every kind of call."""
+        for size in self.buckets:
+            for needs in Needs if draws else (Needs.BEST,):
+                for choice in budgets.affordable(self._choices, size):
+                    yield np.arange(size, dtype=np.int32), needs, choice
+
+    def _compile(self, jobs: Sequence[tuple[Any, ...]]) -> None:
+        """Compiles functions of parameters, state and what is given with each, many at a time."""
+        with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            for done in [pool.submit(lambda job: job[0].lower(self.params, self._state, *job[1:]).compile(), job)
+                         for job in jobs]:
+                done.result()
+
+    def _measure(self, size: int, needs: Needs) -> None:
+        """Makes the calls of so many slots once, and measures them, in empty and in full caches, if there are several."""
         calls = {choice: functools.partial(self._call, range(size), needs, choice)
                  for choice in budgets.affordable(self._choices, size)}
         for call in calls.values():
@@ -347,8 +371,8 @@ class Engine:
         while tickets:
             count = 1 << len(tickets).bit_length() - 1
             group, tickets = tickets[:count], tickets[count:]
-            chunks, asked = (jax.tree.map(lambda *each: np.stack(each), *parts) for parts in (
-                [self._chunk(ticket, size) for ticket in group], [ticket.request.asked(self._capacity) for ticket in group]))
+            chunks = _stacked([self._chunk(ticket, size) for ticket in group])
+            asked = _stacked([ticket.request.asked(self._capacity) for ticket in group])
             slots = np.asarray([ticket.slot for ticket in group], np.int32)
             self._state, first = self._admit(self.params, self._state, slots, chunks, asked, group[0].request.needs)
             self.admitted += count
@@ -530,3 +554,8 @@ class Engine:
 
     def _make_rounds(self) -> Rounds:
         return dataclasses.replace(Rounds.of(self.target, self.drafter, self.config), sampling=RequestSampling())
+
+
+def _stacked(parts: Sequence[Any]) -> Any:
+    """One tree of arrays of several, which it has along a first axis."""
+    return jax.tree.map(lambda *each: np.stack(each), *parts)

@@ -195,8 +195,8 @@ class Slots:
             choice: int) -> tuple[DecodeState, Float[Array, "B W F"], Report]:
         """`ROUNDS` rounds of some slots; those that are done stay as they are.
 
-        None of them `needs` more of sampling, and nothing more is done for any. The drafter is one of `choices`, none of which may lag behind; where it is none they all do then, and
-        `features` hold what they are to read.
+        None of them `needs` more of sampling, and nothing more is done for any. The drafter is one of `choices`, none of which
+        may lag behind; where it is none they all do then, and `features` hold what they are to read.
         """
         drafter, rounds = self.choices[choice], self._rounds(needs)
         rounds, is_plain = dataclasses.replace(rounds, drafter=drafter), self.leaves_behind(choice)
