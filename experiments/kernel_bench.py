@@ -204,6 +204,7 @@ def _nucleus(bench: Bench, model: LlamaConfig, rows: Sequence[int]) -> Iterable[
 
 
 _TREE_ROWS = (1, 10, 30, 60)
+_SLOTS = (1, 8, 64)
 OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
     "w4a16": (tuple(_MARLIN["rows"]), _w4a16("partials")), "w4a16_product": (tuple(_MARLIN["rows"]), _w4a16("product")),
     "dense": (_TREE_ROWS, _products(lambda bench, *sizes: cases.split_dense_product(*sizes))),
@@ -214,6 +215,7 @@ OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
         rows, model.hidden_size, _splits(bench, model, "down", rows)))),
     "rope": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.rope_append(
         rows, model, _splits(bench, model, "qkv", rows)))),
+    "keep": (_SLOTS, _steps(lambda bench, model, rows: cases.keep_path(rows, model))),
     "silu_mul": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.silu_mul(
         rows, model.intermediate_size, _splits(bench, model, "gate_up", rows)), compared=False)),
     "rounded_norm": (_TREE_ROWS, _steps(lambda bench, model, rows: cases.rounded_add_norm(
@@ -222,7 +224,8 @@ OPS: Mapping[str, tuple[tuple[int, ...], Find]] = {
         rows, model.intermediate_size, _splits(bench, model, "gate_up", rows, _ROUNDED)))),
     "top_k": ((1, 10), _top_k), "nucleus": ((1, 8, 60), _nucleus)}
 """Each op's rows where none are asked for, and what is measured of it. w4a16 leaves partial sums to the op behind it, as in
-a model; w4a16_product and dense add them up. Products of 8-bit activations leave out the rounding: the rounded ops have it."""
+a model; w4a16_product and dense add them up. Products of 8-bit activations leave out the rounding: the rounded ops have it.
+The rows of keep are sequences."""
 
 
 def run(bench: Bench, ops: Sequence[str], models: Sequence[str], json_file: pathlib.Path | None = None,
@@ -284,8 +287,8 @@ def declare_flags() -> None:
     absl_flags.DEFINE_list("ops", list(OPS), "Ops to time.")
     absl_flags.DEFINE_list("shapes", None, f"Models whose sizes to time at, of {', '.join(SHAPES)}. Default: demo on a "
                            "CPU, llama3-8b,llama3-70b on a GPU.")
-    absl_flags.DEFINE_list("rows", None, "Tokens of a step. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 for top_k, 1,8,60 for "
-                           "nucleus, 1,10,30,60 for others.")
+    absl_flags.DEFINE_list("rows", None, "Tokens of a step; of keep, sequences. Default: 1,8,16,32,48,60,64 for w4a16, 1,10 "
+                           "for top_k, 1,8,60 for nucleus, 1,8,64 for keep, 1,10,30,60 for others.")
     absl_flags.DEFINE_enum("group_size", "128", [str(size) for size in GROUP_SIZES],
                            "Rows of a 4-bit weight that share a scale; -1 is all.")
     absl_flags.DEFINE_integer("runs", 30, "Runs of a loop of about 20 ms, of which the median counts.", lower_bound=1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import attention, dense, mlp, norm, nucleus, rope, top_k, w4a8, w4a16, w8a8, w8a16
+from pallas_kernels import attention, dense, keep, mlp, norm, nucleus, rope, top_k, w4a8, w4a16, w8a8, w8a16
 from pallas_kernels.partials import add_up
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.parameters import parameter_shapes
@@ -264,6 +264,29 @@ def rope_append(rows: int, model: LlamaConfig, splits: int) -> Case:
 
     return Case(label=f"{heads}/{kv_heads}x{head_dim} of {count(splits, 'sum')}", rows=rows, make=make, run=run,
                 traffic=rows * features * (4 * splits + 2) + 4 * rows * head_dim, carried={3: 1, 4: 2})
+
+
+def keep_path(sequences: int, model: LlamaConfig) -> Case:
+    """What stays of a tree of 60 nodes and 6 levels below its root, of which 3 are accepted, in the caches of a model's layers,
+    of 32 at most; a cache has 512 rows and a slot for each sequence."""
+    kept, levels, nodes = 4, 7, 60
+    shape = sequences, 512, model.num_kv_heads, model.head_dim
+    layers = min(32, model.num_layers)  # of more a loop over calls would take minutes to compile
+
+    def make(key: Array):
+        of_paths, of_lengths = jax.random.split(key)
+        below = jax.vmap(lambda key: jnp.sort(jax.random.choice(key, nodes - 1, (levels - 1,), replace=False)) + 1)
+        paths = jnp.pad(below(jax.random.split(of_paths, sequences)), ((0, 0), (1, 0))).astype(jnp.int32)
+        lengths = jax.random.randint(of_lengths, (sequences,), 0, 512 - nodes)
+        caches = (jnp.zeros(shape, jnp.float16) for _ in range(2 * layers))
+        return paths, jnp.full(sequences, kept, jnp.int32), lengths, jnp.arange(sequences, dtype=jnp.int32), *caches
+
+    def run(config, implementation, paths, counts, lengths, slots, *caches):
+        return keep.keep_path(caches, paths, counts, lengths, slots=slots, config=config, implementation=implementation)
+
+    moved = sequences * (kept - 1) * model.num_kv_heads * model.head_dim * 2 * layers
+    return Case(label=f"{model.num_kv_heads}x{model.head_dim} of {count(layers, 'layer')}", rows=sequences, make=make, run=run,
+                traffic=2 * 2 * moved, carried={4 + i: i for i in range(2 * layers)})
 
 
 def silu_mul(rows: int, intermediate: int, splits: int) -> Case:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.attention import api as attention_kernels
+from pallas_kernels.keep import api as keep_kernels
 from pallas_kernels.norm import RowScale
 from pallas_kernels.rope import api as rope_kernels
 from specmq_jax.network.config import LlamaConfig
@@ -78,21 +79,6 @@ class StoredLayer(flax.struct.PyTreeNode):
         return attention_kernels.tree_attention(*stored, rows.mask_words, tail=rows.tail, slots=slots,
                                                 implementation=implementation)
 
-    def keep(self, path: Int32[Array, "P"], length: Int32[Array, ""], slot: Int32[Array, ""] | None) -> Self:
-        """Row length + path[j] becomes row length + j."""
-        def kept(rows: Array) -> Array:
-            if slot is None:
-                return jax.lax.dynamic_update_slice_in_dim(rows, rows[length + path], length, 0)
-            return jax.lax.dynamic_update_slice(rows, rows[slot, length + path][None], (slot, length, 0, 0))
-
-        return jax.tree.map(kept, self)
-
-    def keep_all(self, paths: Int32[Array, "N P"], lengths: Int32[Array, "N"], slots: Int32[Array, "N"]) -> Self:
-        """`keep` of N slots, no two of them one."""
-        to = lengths[:, None] + jnp.arange(paths.shape[1])
-        places = slots[:, None], lengths[:, None] + paths
-        return jax.tree.map(lambda rows: rows.at[slots[:, None], to].set(rows[places], mode="drop", unique_indices=True), self)
-
 
 class KVCache(flax.struct.PyTreeNode):
     """The cache of every layer, as one sequence sees it, or several.
@@ -148,22 +134,23 @@ class KVCache(flax.struct.PyTreeNode):
     def keep(self, path: Int32[Array, "P"], count: Int32[Array, ""], *, in_place: bool) -> Self:
         """Commits an accepted tree path: row length + path[j] moves to row length + j, and length grows by count.
 
-        Entries of `path` from `count` on may be anything inside the tree. `in_place` says that path[j] is j (a chain):
-        then nothing moves.
+        Entries of `path` from `count` on may be anything, and move nothing. `in_place` says that path[j] is j (a chain):
+        then nothing moves at all.
         """
-        layers = self.layers if in_place else _kept(self.layers, path, self.length, self.slot)
+        layers = self.layers if in_place else _kept(self.layers, path, count, self.length, self.slot)
         return self.replace(layers=layers, length=self.length + count)
 
 
 @jax.custom_batching.custom_vmap
-def _kept(layers: tuple[StoredLayer, ...], path: Int32[Array, "P"], length: Int32[Array, ""], slot: Int32[Array, ""] | None
-          ) -> tuple[StoredLayer, ...]:
-    return tuple(layer.keep(path, length, slot) for layer in layers)
+def _kept(layers: tuple[StoredLayer, ...], path: Int32[Array, "*N P"], count: Int32[Array, "*N"],
+          length: Int32[Array, "*N"], slot: Int32[Array, "*N"] | None) -> tuple[StoredLayer, ...]:
+    rows, structure = jax.tree.flatten(layers)
+    return jax.tree.unflatten(structure, keep_kernels.keep_path(rows, path, count, length, slots=slot))
 
 
 @_kept.def_vmap
 def _(sequences: int, batched: Any, layers: tuple[StoredLayer, ...], *places: Array) -> tuple[Any, Any]:
-    paths, lengths, slots = (place if is_batched else jnp.broadcast_to(place, (sequences, *place.shape))
-                             for place, is_batched in zip(places, batched[1:], strict=True))
-    kept = tuple(layer.keep_all(paths, lengths, slots) for layer in layers)
+    every = (place if is_batched else jnp.broadcast_to(place, (sequences, *place.shape))
+             for place, is_batched in zip(places, batched[1:], strict=True))
+    kept = _kept(layers, *every)
     return kept, jax.tree.map(lambda _: False, kept)
