@@ -1,6 +1,7 @@
 """The choice of an implementation and of tuned sizes."""
 
 import json
+import os
 import warnings
 
 import jax
@@ -23,6 +24,10 @@ def kernel_norm(residual, weight):
 def test_a_backend_without_a_gpu_runs_the_reference():
     expected = "kernel" if jax.default_backend() == "gpu" else "reference"
     assert launch.choose(None) == expected
+
+
+def test_compiling_asks_nobody_for_names_of_functions():
+    assert os.environ["LLVM_DISABLE_SYMBOLIZATION"]  # set by the import, or by the user
 
 
 def test_an_unknown_implementation_is_named():
