@@ -23,6 +23,9 @@ class Need(NamedTuple):
 NEEDS = {
     "gpu": Need(lambda: jax.default_backend() == "gpu", "JAX sees no GPU here",
                 "need a GPU and were not run (python -m pytest -m gpu on one)"),
+    "cuda": Need(lambda: any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
+                 "JAX's CUDA plugin is not installed",
+                 "need JAX's CUDA plugin, though no GPU, and were not run (pip install 'specmq-jax[cuda13]')"),
     "torch": Need(lambda: importlib.util.find_spec("torch") is not None, "PyTorch is not installed",
                   "need PyTorch and were not run (pip install 'specmq-jax[torch]')"),
     "shared": Need((pathlib.Path(__file__).parents[2] / "shared" / "checkpoints").is_dir,

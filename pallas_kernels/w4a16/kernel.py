@@ -103,8 +103,8 @@ def _body(x_ref, packed_ref, scales_ref, out_ref, *, config: Config, group_size:
     group_planes = group_size // layout.PLANE_ROWS if scaled else layout.PLANES
     groups = layout.PLANES // group_planes  # of a block
     group_rows = layout.BLOCK // groups
-    # Triton leaves a product whose sum only another product reads in flight beyond the loop's end, where weights in registers
-    # are overwritten under it: several products a block are read by their scaling.
+    # Triton leaves a product whose sum only another product reads in flight beyond the loop's end, where ptxas before 13.5
+    # overwrites the weights in its registers: several products a block are read by their scaling (LOG).
     scale_planes = config.scale_planes and x_ref.dtype == jnp.float16 and groups == 1
 
     def words_of(block: Array) -> list[Array]:
