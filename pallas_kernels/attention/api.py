@@ -20,8 +20,9 @@ def pack_mask(tree_mask: Bool[Array, "T C"]) -> Int32[Array, "T W"]:
 
 def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
                    length: Int32[Array, "*N"], mask_words: Int32[Array, "T W"], *, tail: int | None = None,
-                   slots: Int32[Array, "*N"] | None = None, scale: float | None = None, config: kernel.Config | None = None,
-                   implementation: str | None = None) -> Float[Array, "T Hq d"]:
+                   slots: Int32[Array, "*N"] | None = None, scale: float | None = None, window: int | None = None,
+                   cap: float | None = None, config: kernel.Config | None = None, implementation: str | None = None
+                   ) -> Float[Array, "T Hq d"]:
     """Attention of T rows of a draft tree whose keys and values stand at cache rows [length, length + tail).
 
     Row t sees every key below `length`, and key length + i when bit i of its mask is set. The rows may be the whole
@@ -40,9 +41,12 @@ def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"
       tail: columns of the mask; default T, or T / N.
       slots: i32 scalar or i32[N], where in the caches each sequence stands.
       scale: of the scores, positive; default 1 / sqrt(d).
+      window: a row sees so many of its newest keys, itself included; None for all of them. The keys of its mask are then those
+        of a path, itself last, and the row stands as far behind `length` as there are others.
+      cap: scores s become cap * tanh(s / cap); None leaves them.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel needs d to be a
-        power of two of at least 16.
+        power of two of at least 16. It has neither window nor cap: with one of them the reference stands in for it.
 
     Returns:
       [T, Hq, d] in q's dtype; zeros for a row that sees no key.
@@ -54,17 +58,19 @@ def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"
     expected = (q.shape[0], -(-tail // mask.WORD))
     if mask_words.shape != expected or mask_words.dtype != jnp.int32:
         raise ValueError(f"mask_words are {mask_words.dtype}{list(mask_words.shape)}; expected int32{list(expected)}")
-    return _attention(q, k_cache, v_cache, length, slots, mask_words, tail, scale, config, implementation)
+    return _attention(q, k_cache, v_cache, length, slots, mask_words, tail, scale, window, cap, config, implementation)
 
 
 def causal_attention(q: Float[Array, "M Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
                      length: Int32[Array, "*N"], *, slots: Int32[Array, "*N"] | None = None, scale: float | None = None,
-                     config: kernel.Config | None = None, implementation: str | None = None) -> Float[Array, "M Hq d"]:
+                     window: int | None = None, cap: float | None = None, config: kernel.Config | None = None,
+                     implementation: str | None = None) -> Float[Array, "M Hq d"]:
     """Attention of M consecutive rows, or M / N of each sequence, whose keys and values stand at cache rows from `length` on.
 
     Row r of a sequence sees the keys j <= length + r. Everything else is as in `tree_attention`.
     """
-    return _attention(q, k_cache, v_cache, length, slots, None, q.shape[0] // _sequences(length), scale, config, implementation)
+    return _attention(q, k_cache, v_cache, length, slots, None, q.shape[0] // _sequences(length), scale, window, cap, config,
+                      implementation)
 
 
 def _sequences(length: Int32[Array, "*N"]) -> int:
@@ -91,8 +97,9 @@ def tree_paths(tree_mask: Bool[Array, "T T"], depth: Int32[Array, "T"]) -> Int32
 
 def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
                       length: Int32[Array, "*N"], depth: Int32[Array, "T"], paths: Int32[Array, "T D"], *,
-                      slots: Int32[Array, "*N"] | None = None, scale: float | None = None,
-                      config: ordered.Config | None = None, implementation: str | None = None) -> Float[Array, "T Hq d"]:
+                      slots: Int32[Array, "*N"] | None = None, scale: float | None = None, window: int | None = None,
+                      cap: float | None = None, config: ordered.Config | None = None, implementation: str | None = None
+                      ) -> Float[Array, "T Hq d"]:
     """Attention of a draft tree's T rows, in bits that depend on a row's own path alone.
 
     `tree_attention` with another order of summation: row t stands at position length + depth[t] and sees, in order of
@@ -103,7 +110,7 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv
       q, k_cache, v_cache, length, slots: as for `tree_attention`, with a tail of T or T / N.
       depth: int32[T], 0 for the root, at most `ordered.MOST_DEPTH` (a traced value cannot be checked).
       paths: int32[T, D], from `tree_paths`; D is more than the largest depth.
-      scale: of the scores; default 1 / sqrt(d).
+      scale, window, cap: as for `tree_attention`.
       config: how the kernel is cut; default a heuristic.
       implementation: as for `tree_attention`.
 
@@ -118,13 +125,13 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv
         raise ValueError(f"depth is {depth.dtype}{list(depth.shape)}; expected int32[{rows}]")
     if paths.ndim != 2 or paths.shape[0] != rows or paths.dtype != jnp.int32:
         raise ValueError(f"paths are {paths.dtype}{list(paths.shape)}; expected int32[{rows}, D]")
-    chosen = launch.choose(implementation)
+    chosen = _chosen(implementation, window, cap)
     _check(q, k_cache, v_cache)
     scale = head_dim ** -0.5 if scale is None else scale
     *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
     if chosen == "reference":
         def one(slot: Array | int, length: Array, q: Array, depth: Array, paths: Array) -> Array:
-            return reference.ordered_attention(q, *caches, slot, length, depth, paths, scale=scale)
+            return reference.ordered_attention(q, *caches, slot, length, depth, paths, scale=scale, window=window, cap=cap)
 
         return reference.each_sequence(one, q, lengths, slots, depth, paths)
     _check_head_dim(head_dim)
@@ -135,18 +142,18 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv
 
 def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v_cache: Float[Array, "*B L Hkv d"],
                length: Int32[Array, "*N"], slots: Int32[Array, "*N"] | None, mask_words: Int32[Array, "T W"] | None,
-               tail: int, scale: float | None, config: kernel.Config | None, implementation: str | None
-               ) -> Float[Array, "T Hq d"]:
+               tail: int, scale: float | None, window: int | None, cap: float | None, config: kernel.Config | None,
+               implementation: str | None) -> Float[Array, "T Hq d"]:
     _check(q, k_cache, v_cache)
     rows, heads, head_dim = q.shape
     scale = head_dim ** -0.5 if scale is None else scale
     if scale <= 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
     *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
-    chosen = launch.choose(implementation)
+    chosen = _chosen(implementation, window, cap)
     if chosen == "reference":
         def one(slot: Array | int, length: Array, q: Array, words: Array | None) -> Array:
-            return reference.attention(q, *caches, slot, length, words, tail=tail, scale=scale)
+            return reference.attention(q, *caches, slot, length, words, tail=tail, scale=scale, window=window, cap=cap)
 
         return reference.each_sequence(one, q, lengths, slots, mask_words)
     _check_head_dim(head_dim)
@@ -154,6 +161,16 @@ def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v
         config = _config(rows, len(lengths), heads, k_cache, q.dtype)
     return kernel.attention(q, *caches, lengths, slots, mask_words, tail=tail, scale=scale, config=config,
                             interpret=chosen == "interpret")
+
+
+def _chosen(implementation: str | None, window: int | None, cap: float | None) -> str:
+    """The implementation; the reference where a row sees a window, or scores are capped."""
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; expected at least 1 key")
+    if cap is not None and cap <= 0:
+        raise ValueError(f"cap is {cap}; expected a positive number")
+    chosen = launch.choose(implementation)
+    return chosen if window is None and cap is None else "reference"
 
 
 def _config(rows: int, sequences: int, heads: int, k_cache: Array, dtype: jnp.dtype) -> kernel.Config:

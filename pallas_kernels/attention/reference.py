@@ -15,18 +15,25 @@ MASKED = -1e30  # finite: the difference of two masked scores must not be NaN
 
 def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
               slot: Int32[Array, ""] | int, length: Int32[Array, ""], mask_words: Int32[Array, "T W"] | None, *, tail: int,
-              scale: float) -> Float[Array, "T Hq d"]:
+              scale: float, window: int | None = None, cap: float | None = None) -> Float[Array, "T Hq d"]:
     """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None: of one sequence, in one slot."""
     rows, heads, head_dim = q.shape
     _, max_len, kv_heads, _ = k_cache.shape
     block = min(BLOCK, max_len)
     queries = (q.astype(jnp.float32) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
     mask = jnp.tri(rows, dtype=bool) if mask_words is None else masks.unpack(mask_words, tail)
+    first_block: Array | int = 0
+    first_key: Array | int = 0
+    if window is not None:
+        behind = jnp.cumsum(mask, axis=1, dtype=jnp.int32)  # keys of a row's path up to each node
+        mask &= behind[:, -1:] - behind < window
+        first_key = length + behind[:, -1:] - window
+        first_block = jnp.maximum(first_key.min(), 0) // block
 
     def visible(key: Int32[Array, "B"]) -> Bool[Array, "T B"]:
         node = key - length
         own = mask[:, jnp.clip(node, 0, tail - 1)]
-        return jnp.where(node < 0, True, own & (node < tail))
+        return jnp.where(node < 0, True if window is None else key >= first_key, own & (node < tail))
 
     def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start = jnp.minimum(index * block, max_len - block)
@@ -35,16 +42,17 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_c
         keys, values = (jax.lax.dynamic_slice(cache, (slot, start, 0, 0), (1, block, kv_heads, head_dim))[0]
                         .astype(jnp.float32) for cache in (k_cache, v_cache))
         values = jnp.where(live[:, None, None], values, 0)  # dead rows may hold NaN
-        return _add_block(carry, queries, keys, values, (visible(key) & live)[:, None, None, :])
+        return _add_block(carry, queries, keys, values, (visible(key) & live)[:, None, None, :], cap)
 
     blocks = (length + tail + block - 1) // block
-    total, _, weight_sum = jax.lax.fori_loop(0, blocks, step, _nothing_seen(queries))
+    total, _, weight_sum = jax.lax.fori_loop(first_block, blocks, step, _nothing_seen(queries))
     return (total / jnp.where(weight_sum == 0, 1, weight_sum)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
 def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
                       slot: Int32[Array, ""] | int, length: Int32[Array, ""], depth: Int32[Array, "T"],
-                      paths: Int32[Array, "T D"], *, scale: float) -> Float[Array, "T Hq d"]:
+                      paths: Int32[Array, "T D"], *, scale: float, window: int | None = None, cap: float | None = None
+                      ) -> Float[Array, "T Hq d"]:
     """See `api.ordered_attention`: each row of one sequence for itself, over its keys in the order of their positions.
 
     However many rows there are, the products of one are of the same sizes and so of the same bits.
@@ -62,11 +70,14 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv 
             own = length + path[jnp.clip(position - length, 0, len(path) - 1)]
             place = jnp.minimum(jnp.where(position < length, position, own), max_len - 1)
             seen = position <= position_of_query
+            if window is not None:
+                seen &= position > position_of_query - window
             keys, values = (jnp.where(seen[:, None, None], cache[slot, place], 0).astype(jnp.float32)
                             for cache in (k_cache, v_cache))
-            return _add_block(carry, queries, keys, values, seen)
+            return _add_block(carry, queries, keys, values, seen, cap)
 
-        total, _, weight_sum = jax.lax.fori_loop(0, position_of_query // block + 1, step, _nothing_seen(queries))
+        first_block = 0 if window is None else jnp.maximum(position_of_query - window + 1, 0) // block
+        total, _, weight_sum = jax.lax.fori_loop(first_block, position_of_query // block + 1, step, _nothing_seen(queries))
         return (total / weight_sum[..., None]).reshape(query.shape)
 
     return jax.lax.map(one, (q, depth, paths)).astype(q.dtype)
@@ -93,10 +104,14 @@ def _nothing_seen(queries: Float[Array, "*T Hkv G d"]) -> tuple[Array, Array, Ar
 
 
 def _add_block(carry: tuple[Array, Array, Array], queries: Float[Array, "*T Hkv G d"], keys: Float[Array, "B Hkv d"],
-               values: Float[Array, "B Hkv d"], seen: Bool[Array, "*S B"]) -> tuple[Array, Array, Array]:
+               values: Float[Array, "B Hkv d"], seen: Bool[Array, "*S B"], cap: float | None
+               ) -> tuple[Array, Array, Array]:
     """The three with a block of keys added, of which each query sees some."""
     total, largest, weight_sum = carry
-    scores = jnp.where(seen, jnp.einsum("...hgd,jhd->...hgj", queries, keys, precision="highest"), MASKED)
+    scores = jnp.einsum("...hgd,jhd->...hgj", queries, keys, precision="highest")
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    scores = jnp.where(seen, scores, MASKED)
     new_largest = jnp.maximum(largest, scores.max(-1))
     weights = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0)
     decay = jnp.exp(largest - new_largest)
