@@ -21,7 +21,7 @@ from specmq_jax.errors import UserError
 from specmq_jax.files import check_destination
 from specmq_jax.formats import Dense, DenseFormat, Logical, Quantised, Weight, WeightFormat
 from specmq_jax.loading.checkpoint import CheckpointWriter, cached_checkpoints, is_native
-from specmq_jax.network.parameters import Formats, parameter_shapes
+from specmq_jax.network.parameters import Formats, is_vector, parameter_shapes
 
 _SMALL_BYTES = 32 << 20
 """Of a file whose contents are looked at; tokenizers have up to 20 MB."""
@@ -150,7 +150,7 @@ def origin_of(reader: Reader, origin: str | None = None) -> dict[str, str]:
 def pack(path: str, logical: Logical, target: Formats) -> Weight:
     """The weight for a path of `parameter_shapes` in its format there; values it can't hold are a `UserError`."""
     name, is_table = f"tensor {path}", path == "embed/table"
-    if is_table or path.endswith("/scale"):
+    if is_table or is_vector(path):
         return _host_values(logical, target.embed if is_table else DenseFormat(kind="fp32"), name)
     weight_format = target.of(path)
     if isinstance(logical, Quantised):

@@ -65,6 +65,7 @@ def export(source: str | pathlib.Path, destination: str | pathlib.Path, layout: 
     destination = pathlib.Path(destination)
     check_destination(destination)
     reader = open_source(source)
+    reader.llama.require("exporting")
     _LAYOUTS[layout].check(reader)
     with staged(destination) as directory:
         reader.save_tokenizer(directory)

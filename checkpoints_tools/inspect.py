@@ -27,6 +27,7 @@ def describe(reader: Reader) -> Iterator[tuple[str, str]]:
     yield "kind", reader.kind
     yield "location", str(reader.location)
     yield "architecture", str((reader.config.get("architectures") or ["?"])[0])
+    yield "family", f"{config.family}, with {', '.join(config.beyond_llama) or 'nothing'} beyond Llama"
     yield "layers", str(config.num_layers)
     yield "hidden / intermediate", f"{config.hidden_size} / {config.intermediate_size}"
     yield "heads / kv heads / size", f"{config.num_heads} / {config.num_kv_heads} / {config.head_dim}"

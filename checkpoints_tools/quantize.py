@@ -66,6 +66,8 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
     if looks and not isinstance(reader.formats.linear, DenseFormat):
         raise UserError(f"{source} holds {reader.formats.linear.name} weights, which would be rounded a second time; give the "
                         "model that they were made from")
+    if looks:
+        reader.llama.require("quantising by a calibration text")
     made = recipe.describe() | {"rotation_seed": rotation_seed}
     source_reader = reader
     if rotation_seed is not None:

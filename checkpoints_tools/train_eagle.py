@@ -175,6 +175,7 @@ def _check(target: Model, settings: Settings) -> None:
         if not math.isfinite(getattr(settings, name)):
             raise UserError(f"--{name}={getattr(settings, name)} is no number to train with; give a finite one")
     config = target.config
+    config.require("training a head")
     if settings.version == 3 and config.num_layers < 4:
         raise UserError(f"an EAGLE-3 head reads three layers of a target of at least 4; this one has {config.num_layers}; "
                         "train --version=2")

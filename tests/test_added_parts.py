@@ -1,11 +1,9 @@
 """The pages that say how to add a part, followed to the letter: their blocks become files, and what they add decodes."""
 
-import ast
 import importlib
 import json
 import pathlib
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +11,12 @@ import numpy as np
 import pytest
 from fakes import tiny_config
 from lowering import cuda_text, launches
+from safetensors.numpy import load_file
+from sources import write_hf
 
 import specmq_jax as sm
 from specmq_jax import formats
-from specmq_jax.network import config as architectures
+from specmq_jax.network import families
 
 ROOT = pathlib.Path(__file__).parents[1]
 FP16 = ROOT / "tests" / "data" / "checkpoints" / "fp16"
@@ -34,7 +34,7 @@ def added(tmp_path_factory):
     """Writes the blocks into folders that the packages are looked for in, too."""
     directory, patch = tmp_path_factory.mktemp("added"), pytest.MonkeyPatch()
     for path, code in (blocks("specmq_jax") | blocks("pallas_kernels")).items():
-        if path.endswith("config.py"):
+        if path.endswith("families.py"):
             continue
         file = directory / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,15 +95,18 @@ def test_the_op_is_its_reference_and_lowers_to_one_kernel(added):
 
 
 def test_the_family_loads_and_decodes_as_llama(monkeypatch, tmp_path):
-    entry = ast.literal_eval(blocks("specmq_jax")["specmq_jax/network/config.py"].strip())
-    (name, family), = entry.items()
-    shutil.copytree(FP16, tmp_path / "model")
+    entry = eval(blocks("specmq_jax")["specmq_jax/network/families.py"], {"Family": families.Family})
+    (kind, family), = entry.items()
     given = json.loads((FP16 / "config.json").read_text())
-    given |= {"architectures": [name], "model_type": family["model_type"], "num_key_value_heads": given["num_key_value_heads"]}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(given))
-    with pytest.raises(sm.UserError, match=f"architecture '{name}' is not supported"):
+    given |= {"architectures": [family.architecture], "model_type": kind}
+    tensors = {name.replace("post_attention_layernorm", family.names["mlp_norm"]): values
+               for name, values in load_file(FP16 / "model.safetensors").items()}
+    write_hf(tmp_path / "model", given, tensors)
+    with pytest.raises(sm.UserError, match=f"architecture '{family.architecture}' is not supported"):
         sm.load(tmp_path / "model")
-    monkeypatch.setattr(architectures, "_DEFAULTS", architectures._DEFAULTS | entry)
-    target = sm.load(tmp_path / "model")
+    for name, value in entry.items():
+        monkeypatch.setitem(families.FAMILIES, name, value)
+    target, llama = sm.load(tmp_path / "model"), sm.load(FP16)
+    np.testing.assert_array_equal(sm.logits(target, PROMPT), 0.5 * sm.logits(llama, PROMPT))
     plain, _ = answers(target)
-    assert plain == answers(sm.load(FP16))[0] == answers(target, sm.ChainDrafter(target.with_precision("w4a16-g64"), 3))[0]
+    assert plain == answers(llama)[0] == answers(target, sm.ChainDrafter(target.with_precision("w4a16-g64"), 3))[0]

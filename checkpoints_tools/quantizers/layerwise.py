@@ -22,7 +22,7 @@ from checkpoints_tools.quantizers.stages import LINEAR, Inputs, walk
 from checkpoints_tools.readers import Reader
 from specmq_jax.formats import Weight, dense_values
 from specmq_jax.loading.checkpoint import CheckpointWriter
-from specmq_jax.network.parameters import Formats, parameter_shapes
+from specmq_jax.network.parameters import Formats, is_vector, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Quantiser:
             if self._recipe.smoothing:
                 weights = self._recipe.smoothing.apply(self._config, weights, stream, self._target.linear)
         else:
-            weights = {path.removeprefix(prefix): weight for path, weight in found.items() if path.endswith("/scale")}
+            weights = {path.removeprefix(prefix): weight for path, weight in found.items() if is_vector(path)}
         made = {prefix + name: weight for name, weight in weights.items() if name not in LINEAR}
 
         def weight_for(name: str, inputs: Inputs) -> Float[Array, "K N"]:

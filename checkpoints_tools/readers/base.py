@@ -12,7 +12,8 @@ import numpy as np
 
 from checkpoints_tools.readers.files.rotation_file import load_rotation
 from specmq_jax.formats import Logical, Quantised
-from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.config import LlamaConfig, head_order
+from specmq_jax.network.families import FAMILIES
 from specmq_jax.network.parameters import Formats, parameter_shapes
 
 Shape = tuple[int, ...]
@@ -96,7 +97,7 @@ class ModuleReader(Reader):
 
     def read(self, path: str) -> Logical:
         parts = [self._read_module(module) for module in self._modules[path]]
-        return parts[0] if len(parts) == 1 else _concatenate(parts)
+        return as_computed(self.llama, path, parts[0] if len(parts) == 1 else _concatenate(parts))
 
     def _find_formats(self) -> Formats:
         embed = self._precision("model.embed_tokens")
@@ -107,7 +108,8 @@ class ModuleReader(Reader):
         return self._precision("lm_head")
 
     def _linear_format(self) -> str:
-        return self._precision(*(module for module in self.stored if module.endswith("_proj")))
+        return self._precision(*(module for path, modules in self._modules.items() for module in modules
+                                 if path.startswith("layers_") and path.endswith("/w")))
 
     def _precision(self, *modules: str) -> str:
         """The one that holds all these modules without loss."""
@@ -128,24 +130,32 @@ class ModuleReader(Reader):
 
 
 _LAYER_MODULES = {
-    "attention_norm/scale": "input_layernorm",
-    "attention/o/w": "self_attn.o_proj",
-    "mlp_norm/scale": "post_attention_layernorm",
-    "mlp/down/w": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "attention/o": "self_attn.o_proj",
+    "attention/q_norm": "self_attn.q_norm",
+    "attention/k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/down": "mlp.down_proj",
 }
-_OTHER_MODULES = {"embed/table": "model.embed_tokens", "norm/scale": "model.norm", "lm_head/w": "lm_head"}
+_OTHER_MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+_BIAS = ".bias"
 
 
 def module_shapes(config: LlamaConfig, path: str, shape: Shape, holds: Callable[[str], bool]) -> dict[str, Shape]:
-    """Hugging Face's modules, with logical shapes, that make up a path of `parameter_shapes`."""
-    if path in _OTHER_MODULES:
-        return {_OTHER_MODULES[path]: shape}
-    layer, _, part = path.partition("/")
-    prefix = f"model.layers.{layer.removeprefix('layers_')}."
-    if part in _LAYER_MODULES:
-        return {prefix + _LAYER_MODULES[part]: shape}
+    """Hugging Face's modules, with logical shapes, that make up a path of `parameter_shapes`; the name of a bias says so."""
+    part, _, kind = path.rpartition("/")
+    suffix = _BIAS if kind == "bias" else ""
+    if part in _OTHER_MODULES:
+        return {_OTHER_MODULES[part] + suffix: shape}
+    layer, _, part = part.partition("/")
+    prefix, names = f"model.layers.{layer.removeprefix('layers_')}.", _LAYER_MODULES | dict(FAMILIES[config.family].names)
+    if part in ("attention/q_norm", "attention/k_norm") and config.qk_norm == "each":
+        name, heads = part.removeprefix("attention/").replace("norm", "layernorm"), shape[0] // config.head_dim
+        return {f"{prefix}self_attn.{name}.norms.{head}": (config.head_dim,) for head in range(heads)}
+    if part in names:
+        return {prefix + names[part] + suffix: shape}
     kv_features = config.num_kv_heads * config.head_dim
-    if part == "attention/qkv/w":
+    if part == "attention/qkv":
         fused = "self_attn.qkv_proj"
         features = {"self_attn.q_proj": config.num_heads * config.head_dim, "self_attn.k_proj": kv_features,
                     "self_attn.v_proj": kv_features}
@@ -153,14 +163,36 @@ def module_shapes(config: LlamaConfig, path: str, shape: Shape, holds: Callable[
         fused = "mlp.gate_up_proj"
         features = {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size}
     if holds(prefix + fused):
-        return {prefix + fused: shape}
-    return {prefix + name: (shape[0], width) for name, width in features.items()}
+        return {prefix + fused + suffix: shape}
+    return {prefix + name + suffix: (*shape[:-1], width) for name, width in features.items()}
+
+
+def tensor_name(module: str) -> str:
+    """The tensor that holds a module of `module_shapes` where it is not quantised."""
+    return module if module.endswith(_BIAS) else f"{module}.weight"
+
+
+def as_computed(config: LlamaConfig, path: str, logical: Logical) -> Logical:
+    """A weight as the network takes it: rope turns halves of a whole head there, and a norm's weight is not less one.
+
+    The dims of every head of q and k are put into `config.head_order`, which leaves their products as they are.
+    """
+    family, order = FAMILIES[config.family], head_order(config)
+    if family.offset_norms and path.endswith("/scale"):
+        logical = np.asarray(logical, np.float32) + 1
+    if order is None or not path.partition("/")[2].startswith(("attention/qkv/", "attention/q_norm/", "attention/k_norm/")):
+        return logical
+    assert not isinstance(logical, Quantised)  # `QuantisedReader` refuses such a family
+    turned, shape = (config.num_heads + config.num_kv_heads) * config.head_dim, logical.shape
+    values = logical[..., :turned] if "/qkv/" in path else logical
+    heads = values.reshape(*shape[:-1], -1, config.head_dim)[..., order]
+    return np.concatenate([heads.reshape(values.shape), logical[..., values.shape[-1]:]], axis=-1)
 
 
 def _concatenate(parts: Sequence[Logical]) -> Logical:
     if isinstance(parts[0], Quantised):
         return type(parts[0]).beside(parts)
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(parts, axis=-1)
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from checkpoints_tools.readers.base import ModuleReader, Shape, Stored
+from checkpoints_tools.readers.base import ModuleReader, Shape, Stored, tensor_name
 from checkpoints_tools.readers.files.rotation_file import find_rotation
 from checkpoints_tools.readers.files.safetensors_files import SafetensorsFiles
 from checkpoints_tools.readers.files.tensor_files import TensorFiles
@@ -52,6 +52,7 @@ class HuggingFaceReader(ModuleReader):
         config = read_json(directory / "config.json")
         self.config = {key: value for key, value in config.items() if key != "quantization_config"}
         self.llama = LlamaConfig.from_hf(config)
+        self._check_model()
         self._tensors = tensors or open_tensors(directory)
         self.files = self._tensors.files
         self.tokenizer = find_tokenizer(directory)
@@ -93,6 +94,9 @@ class HuggingFaceReader(ModuleReader):
         return (one.type in types and other.type in types and one.shape == other.shape
                 and np.array_equal(tensors.read(name), tensors.read(_EMBEDDING)))
 
+    def _check_model(self) -> None:
+        """What can't be read of some families."""
+
     def _check_values(self) -> None:
         """What can't be told from the headers."""
 
@@ -101,20 +105,21 @@ class HuggingFaceReader(ModuleReader):
 
     def _check(self, module: str, shape: Shape) -> Stored:
         stored_shape = shape if is_unturned(module, shape) else shape[::-1]
-        header = self._tensors.header(f"{module}.weight", stored_shape, tuple(_PRECISIONS))
-        self._expected.add(f"{module}.weight")
+        name = tensor_name(module)
+        header = self._tensors.header(name, stored_shape, tuple(_PRECISIONS))
+        self._expected.add(name)
         return Stored(header.type, header.nbytes)
 
     def _read_module(self, module: str) -> np.ndarray:
-        values = self._tensors.read(f"{module}.weight")
+        values = self._tensors.read(tensor_name(module))
         return values if is_unturned(module, values.shape) else values.T
 
     def _refuse_unknown_tensors(self) -> None:
         for name in sorted(self._tensors.headers.keys() - self._expected):
             if _GENERATED.search(name):
                 continue
-            raise UserError(f"{self.location} holds the tensor {shown(name)}, which a Llama model of "
-                            f"{self.llama.num_layers} layers does not use")
+            raise UserError(f"{self.location} holds the tensor {shown(name)}, which a model of type "
+                            f"{self.llama.family} with {self.llama.num_layers} layers does not use")
 
 
 def is_unturned(module: str, shape: Shape) -> bool:

@@ -14,6 +14,7 @@ from checkpoints_tools.readers.hf import copy_tokenizer, find_tokenizer
 from specmq_jax.formats import Dense, Int4Group, Logical
 from specmq_jax.json_files import read_json
 from specmq_jax.loading.checkpoint import METADATA_FILE, CheckpointReader
+from specmq_jax.network.parameters import is_vector
 from specmq_jax.tokenizer_files import TOKENIZER_FILES
 
 
@@ -62,4 +63,4 @@ class NativeReader(Reader):
         nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         if path == "embed/table":
             return Stored(self.formats.embed.name, nbytes)
-        return Stored("fp32" if path.endswith("/scale") else self.formats.of(path).name, nbytes)
+        return Stored("fp32" if is_vector(path) else self.formats.of(path).name, nbytes)

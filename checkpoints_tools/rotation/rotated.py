@@ -34,10 +34,11 @@ def random_rotation(size: int, seed: int = 0) -> Float[np.ndarray, "D D"]:
 
 
 def check_rotatable(reader: Reader) -> None:
-    """Raises a `UserError` where a checkpoint's weights are quantised, or rotated already."""
+    """Raises a `UserError` where a checkpoint's weights are quantised, or rotated already, or the model is not Llama's."""
     if not isinstance(reader.formats.linear, DenseFormat):
         raise UserError(f"{reader.location} holds {reader.formats.linear.name} weights, and rotating would round them a second "
                         "time; rotate the model that they were made from, then quantise")
+    reader.llama.require("rotating")
     if reader.rotation_file:
         raise UserError(f"{reader.location} is rotated already ({reader.rotation_file.name}); give the model that it was made "
                         "from")

@@ -18,10 +18,10 @@ from pallas_kernels.rope import api as rope_kernels
 from specmq_jax.decoding.verification import are_sound
 from specmq_jax.errors import NotFiniteError
 from specmq_jax.loading.model import Params
-from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.config import LlamaConfig, View
 from specmq_jax.network.llama import Llama
 from specmq_jax.network.rows import Rows
-from specmq_jax.network.sequences import Sequences, attention
+from specmq_jax.network.sequences import Sequences, attention, refuse_view
 
 _NONE = -1
 """Stands for a token that can't be drawn, and ends its answer."""
@@ -63,9 +63,10 @@ class SlotLayer:
         place = jnp.arange(len(query)), slice(None), rows.start
         return query, self.replace(keys=self.keys.at[place].set(key), values=self.values.at[place].set(value))
 
-    def attend(self, query: Float[Array, "B Hq d"], rows: Rows, *, implementation: str | None = None
+    def attend(self, query: Float[Array, "B Hq d"], rows: Rows, view: View, *, implementation: str | None = None
                ) -> Float[Array, "B Hq d"]:
         del implementation
+        refuse_view(view)
         return attention(query[:, None], self.keys, self.values, rows.mask)[:, 0]
 
     def put(self, slots: Int32[Array, "P"], keys: Float[Array, "P H S d"], values: Float[Array, "P H S d"]) -> Self:

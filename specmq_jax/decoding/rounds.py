@@ -88,10 +88,12 @@ class Rounds:
 
     @classmethod
     def of(cls, target: Model, drafter: Drafter, config: DecodeConfig) -> Self:
-        """Raises a `UserError` for a drafter that drafts too much to be reproducible."""
+        """Raises a `UserError` for a drafter that drafts too much to be reproducible, or a model that isn't on a GPU."""
         if config.reproducible and drafter.tree_size > MOST_DECODE_ROWS:
             raise UserError(f"reproducible decoding verifies at most {MOST_DECODE_ROWS} nodes a round, and this "
                             f"drafter's trees have {drafter.tree_size}; choose a smaller tree or a shorter draft")
+        if config.reproducible and jax.default_backend() == "gpu":
+            target.config.require("reproducible decoding on a GPU", ("rope", "query_scale"))
         # where a last bit can become a whole step of an activation's rounding, plain and speculative decoding would part
         reproducible = config.reproducible or (
             target.module.format.rounds_activations and drafter.tree_size <= MOST_DECODE_ROWS)

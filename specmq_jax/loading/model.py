@@ -23,7 +23,7 @@ from specmq_jax.loading.memory import check_room, size, tree_bytes
 from specmq_jax.network.cache import KVCache
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.llama import Llama
-from specmq_jax.network.parameters import Formats, parameter_shapes
+from specmq_jax.network.parameters import Formats, is_vector, parameter_shapes
 from specmq_jax.words import count
 
 Params = Any
@@ -326,7 +326,7 @@ def _repackings(path: str, current: Formats, linear: WeightFormat, held: Formats
                 ) -> list[tuple[WeightFormat, WeightFormat]]:
     """From which format into which a weight goes that is in the formats `current` and shall be in those `held`; a layer's is
     rounded to what `linear` can hold on the way."""
-    if path.endswith("/scale"):
+    if is_vector(path):
         return []
     stations = [current.of(path), held.of(path)]
     if path == "embed/table":

@@ -15,7 +15,7 @@ from pallas_kernels.attention import api as attention_kernels
 from pallas_kernels.keep import api as keep_kernels
 from pallas_kernels.norm import RowScale
 from pallas_kernels.rope import api as rope_kernels
-from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.config import LlamaConfig, View
 from specmq_jax.network.rows import Rows
 from specmq_jax.words import count as counted
 from specmq_jax.words import scalar
@@ -31,9 +31,9 @@ class LayerCache(Protocol):
         `row_scale` is a factor that the sums' rows are still owed.
         """
 
-    def attend(self, query: Float[Array, "M Hq D"], rows: Rows, *, implementation: str | None = None
+    def attend(self, query: Float[Array, "M Hq D"], rows: Rows, view: View, *, implementation: str | None = None
                ) -> Float[Array, "M Hq D"]:
-        """What the rows, which have been appended, mix of the values that they see."""
+        """What the rows, which have been appended, mix of the values that they see, as `view` says."""
 
 
 class Cache(Protocol):
@@ -67,17 +67,17 @@ class StoredLayer(flax.struct.PyTreeNode):
             kv_heads=config.num_kv_heads, head_dim=config.head_dim, row_scale=row_scale, implementation=implementation)
         return query, self.replace(keys=keys, values=values)
 
-    def attend(self, query: Float[Array, "M Hq D"], rows: Rows, *, implementation: str | None = None
+    def attend(self, query: Float[Array, "M Hq D"], rows: Rows, view: View, *, implementation: str | None = None
                ) -> Float[Array, "M Hq D"]:
         assert rows.committed is not None
-        stored, slots = (query, self.keys, self.values, rows.committed), rows.slots
+        stored = query, self.keys, self.values, rows.committed
+        how: dict[str, Any] = {"scale": view.scale, "window": view.window, "cap": view.cap, "slots": rows.slots,
+                               "implementation": implementation}
         if rows.paths is not None and rows.depth is not None:
-            return attention_kernels.ordered_attention(*stored, rows.depth, rows.paths, slots=slots,
-                                                       implementation=implementation)
+            return attention_kernels.ordered_attention(*stored, rows.depth, rows.paths, **how)
         if rows.mask_words is None:
-            return attention_kernels.causal_attention(*stored, slots=slots, implementation=implementation)
-        return attention_kernels.tree_attention(*stored, rows.mask_words, tail=rows.tail, slots=slots,
-                                                implementation=implementation)
+            return attention_kernels.causal_attention(*stored, **how)
+        return attention_kernels.tree_attention(*stored, rows.mask_words, tail=rows.tail, **how)
 
 
 class KVCache(flax.struct.PyTreeNode):

@@ -16,6 +16,7 @@ from pallas_kernels.partials import add_up
 from specmq_jax.formats import DenseFormat, WeightFormat
 from specmq_jax.network.cache import Cache
 from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.hf_options import refuse_unsupported
 from specmq_jax.network.layers import AddNorm, Attention, Embedding, Layer, Linear, Mlp, Normed
 from specmq_jax.network.module import Module
 
@@ -154,6 +155,7 @@ def eagle_config(head: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
     """
     version = eagle_version(tensors)
     hidden = tensors["fc.weight"][0]
+    refuse_unsupported(head)
     own = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "vocab_size": target.vocab_size}
     layer = LlamaConfig.from_hf({**own, **head, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
                                  "hidden_size": hidden})

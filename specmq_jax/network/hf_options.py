@@ -1,11 +1,12 @@
 """Entries of config.json that change what a model computes and that the decoder does not honour.
 
-They come from transformers' `LlamaConfig` and `MistralConfig`, and from models that others derived from Llama under its
-architecture's name. An entry that is in no table changes nothing that decoding computes (token ids, dtypes, dropout,
-initialisation, `pretraining_tp`, which transformers 5 ignores), or is read elsewhere (sizes, rope, quantisation).
+They come from transformers' configurations of dense decoders, and from models that others derived from Llama under its
+architecture's name. A family's declaration honours some of them. An entry that is in no table changes nothing that decoding
+computes (token ids, dtypes, dropout, initialisation, `pretraining_tp`, which transformers 5 ignores), or is read elsewhere
+(sizes, rope, quantisation).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from specmq_jax.entries import is_integer, shown
@@ -25,7 +26,8 @@ _ABSENT = (
     "dim_model_base", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap",
     "attention_logit_cap", "final_logits_cap", "attention_chunk_size", "interleaved_sliding_window", "attention_window",
     "no_rope_layer_interval", "rope_local_base_freq", "rotary_dim", "kv_lora_rank", "q_lora_rank", "num_kv_shared_layers",
-    "cla_share_factor", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts",
+    "cla_share_factor", "moe_intermediate_size", "text_config", "vision_config", "audio_config", "num_experts",
+    "num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts",
 )
 _FACTORS = (
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier", "key_multiplier",
@@ -34,7 +36,7 @@ _FACTORS = (
     "rotary_percentage", "rope_condense_ratio",
 )
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,), "mlp_bias": (False,),
     "position_embedding_type": (None, "rope", "absolute"), "use_rope": (None, True), "is_causal": (None, True),
     "norm_type": (None, "rmsnorm", "rms_norm"), "pruned_heads": (None, {}, []), "per_layer_config": (None, {}),
     **dict.fromkeys(_FLAGS, _OFF), **dict.fromkeys(_ABSENT, _NONE), **dict.fromkeys(_FACTORS, _ONE),
@@ -44,38 +46,32 @@ _PLAIN_LAYERS = {"layer_types": "full_attention", "mlp_layer_types": "dense", "n
 """Lists with an entry a layer, and the entry with which a layer is as all others. A 1 keeps a layer's rope."""
 
 
-def refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Refuses what changes a model's function and is not honoured; `refuse_window` looks at the sliding window.
+def refuse_unsupported(config: Mapping[str, Any], honoured: Collection[str] = ()) -> None:
+    """Refuses what changes a model's function and is not among the entries honoured.
 
     Raises:
       UserError: an entry has such a value; the message names it.
     """
     for key, plain in _PLAIN.items():
-        if key in config and not _among(config[key], plain):
+        if key in config and key not in honoured and not _among(config[key], plain):
             raise UserError(f"config.json sets {key} = {shown(config[key])}; only {shown(plain[0])} is supported")
     for key, usual in _PLAIN_LAYERS.items():
         layers = config.get(key)
-        if layers is not None and not (isinstance(layers, list) and all(_among(layer, (usual,)) for layer in layers)):
+        if key not in honoured and layers is not None and not (
+                isinstance(layers, list) and all(_among(layer, (usual,)) for layer in layers)):
             raise UserError(f"config.json sets {key} = {shown(layers)}; only {shown(usual)} for every layer is supported")
 
 
-def refuse_window(config: Mapping[str, Any], absent: int | None, max_position: int) -> None:
-    """Refuses a sliding window that hides any of the model's positions from a later one.
-
-    Args:
-      config: all entries of config.json.
-      absent: the window that transformers takes where the file says nothing.
-      max_position: the model's positions.
+def refuse_window(config: Mapping[str, Any], max_position: int) -> None:
+    """Refuses a sliding window, which a family does not have, that hides any of the model's positions from a later one.
 
     Raises:
       UserError: there is such a window.
     """
-    window = config.get("sliding_window", absent)
-    if window is None or (is_integer(window) and window >= max_position):
-        return
-    said = "sets sliding_window =" if "sliding_window" in config else "lacks sliding_window, which is then"
-    raise UserError(f"config.json {said} {shown(window)}; only null, or a window of at least the {max_position} positions, is "
-                    "supported")
+    window = config.get("sliding_window")
+    if window is not None and not (is_integer(window) and window >= max_position):
+        raise UserError(f"config.json sets sliding_window = {shown(window)}; only null, or a window of at least the "
+                        f"{max_position} positions, is supported")
 
 
 def _among(value: Any, plain: tuple[Any, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The Llama decoder as a functional Flax module."""
+"""The decoder as a functional Flax module: Llama, and the families that `LlamaConfig` describes."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -38,8 +38,9 @@ class Llama(Module):
     def setup(self) -> None:
         config, how = self.config, (self.reproducible, self.implementation)
         self.embed = Embedding(config.vocab_size, config.hidden_size, self.embed_format, *how)
-        self.layers = [Layer(config, self.format, *how) for _ in range(config.num_layers)]
-        self.norm = AddNorm(config.rms_norm_eps, self.format, *how)
+        self.layers = [Layer(config, self.format, *how, index=i) for i in range(config.num_layers)]
+        self.norm = AddNorm(config.rms_norm_eps, self.format, *how, centred=config.norm == "layer",
+                            with_bias="norm" in config.biases)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.vocab_size, self.head_format, *how)
 
@@ -59,7 +60,7 @@ class Llama(Module):
           f32, else those same states), and the cache.
         """
         rows = cache.rows(self.config, len(tokens), depth, mask, reproducible=self.reproducible)
-        residual, update, captured, layers = self.embed(tokens), None, {}, list(cache.layers)
+        residual, update, captured, layers = self._embedded(tokens), None, {}, list(cache.layers)
         for i, layer in enumerate(self.layers):
             captured[i], residual, update, layers[i] = layer(residual, update, rows, layers[i])
         _, normed = self.norm(residual, update)
@@ -69,8 +70,16 @@ class Llama(Module):
 
     def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """f32 logits of final-norm states."""
-        return self.embed.attend(hidden) if self.config.tie_embeddings else add_up(self.lm_head(hidden))
+        config = self.config
+        scores = self.embed.attend(hidden) if config.tie_embeddings else add_up(self.lm_head(hidden))
+        if config.logit_multiplier != 1:
+            scores = scores * config.logit_multiplier
+        return scores if config.logit_cap is None else config.logit_cap * jnp.tanh(scores / config.logit_cap)
 
     def everything(self, tokens: Int32[Array, "M"], cache: Cache) -> Float[Array, "M V"]:
         """Touches every parameter: `init(key, tokens, cache, method="everything")` makes random weights."""
         return self.logits(self(tokens, cache)[0])
+
+    def _embedded(self, tokens: Int32[Array, "M"]) -> Float[Array, "M D"]:
+        factor = self.config.embedding_multiplier
+        return self.embed(tokens) if factor == 1 else self.embed(tokens) * factor

@@ -5,10 +5,12 @@ from typing import Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.attention import api as attention_kernels
 from specmq_jax.network.config import LlamaConfig
+from specmq_jax.network.rope_config import RopeConfig
 
 MOST_DECODE_ROWS = 64
 """Up to this many causal rows of a sequence take the decode kernel, which splits the cache among programs; more fill a GPU as
@@ -20,6 +22,7 @@ class Rows(flax.struct.PyTreeNode):
 
     Attributes:
       cos, sin: f32[M, head_dim / 2], rotary table at the rows' positions.
+      others: such tables of the config's further `rope_tables`.
       start: i32 scalar; row i is written to cache row start + i. Of several sequences i32[N], each with M / N of the rows.
       committed: i32 scalar, or i32[N], cache rows that every row sees.
       slots: i32 scalar or i32[N], where each sequence stands in caches of slots; None for the cache of one sequence.
@@ -40,6 +43,14 @@ class Rows(flax.struct.PyTreeNode):
     depth: Int32[Array, "M"] | None = None
     paths: Int32[Array, "M T"] | None = None
     mask: Bool[Array, "#B S T"] | None = None
+    others: tuple[tuple[Float[Array, "M D2"], Float[Array, "M D2"]], ...] = ()
+
+    def turned_by(self, table: int) -> Self:
+        """The same rows with one of the config's `rope_tables` as `cos` and `sin`."""
+        if table == 0:
+            return self
+        cos, sin = self.others[table - 1]
+        return self.replace(cos=cos, sin=sin)
 
     @classmethod
     def behind(cls, config: LlamaConfig, length: Int32[Array, "*N"], count: int, offsets: Int32[Array, "M"] | None,
@@ -62,10 +73,10 @@ class Rows(flax.struct.PyTreeNode):
         each = count // sequences
         if offsets is None:
             offsets = jnp.tile(jnp.arange(each, dtype=jnp.int32), sequences)
-        cos, sin = _rotation(config, (length if sequences == 1 else jnp.repeat(length, each)) + offsets, limit)
+        (cos, sin), *others = _rotations(config, (length if sequences == 1 else jnp.repeat(length, each)) + offsets, limit)
         if mask is None and each <= MOST_DECODE_ROWS:
             mask = jnp.tile(jnp.tri(each, dtype=bool), (sequences, 1))
-        rows = cls(cos=cos, sin=sin, start=length + skip, committed=length, slots=slots)
+        rows = cls(cos=cos, sin=sin, others=tuple(others), start=length + skip, committed=length, slots=slots)
         if mask is None:
             return rows
         if reproducible:
@@ -79,12 +90,23 @@ class Rows(flax.struct.PyTreeNode):
     def among(cls, config: LlamaConfig, positions: Int32[Array, "B S"], mask: Bool[Array, "#B S T"], *, limit: int,
               start: Int32[Array, "B"] | None = None) -> Self:
         """Rows of B sequences side by side, at these positions; the rest as in the attributes and in `behind`."""
-        cos, sin = _rotation(config, positions.reshape(-1), limit)
-        return cls(cos=cos, sin=sin, start=start, mask=mask)
+        (cos, sin), *others = _rotations(config, positions.reshape(-1), limit)
+        return cls(cos=cos, sin=sin, others=tuple(others), start=start, mask=mask)
 
 
-def _rotation(config: LlamaConfig, positions: Int32[Array, "M"], limit: int
+def _rotations(config: LlamaConfig, positions: Int32[Array, "M"], limit: int
+               ) -> list[tuple[Float[Array, "M D2"], Float[Array, "M D2"]]]:
+    """cos and sin of each of the config's `rope_tables`."""
+    return [_rotation(rope, config.head_dim, positions, limit) for rope in config.rope_tables]
+
+
+def _rotation(rope: RopeConfig | None, head_dim: int, positions: Int32[Array, "M"], limit: int
               ) -> tuple[Float[Array, "M D2"], Float[Array, "M D2"]]:
-    frequencies, scale = config.rope.frequencies(config.head_dim, limit)
+    if rope is None:
+        shape = len(positions), head_dim // 2
+        return jnp.ones(shape), jnp.zeros(shape)
+    frequencies, scale = rope.frequencies(head_dim, limit)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
+    if rope.partial != 1:  # what passes has frequency 0, and no factor
+        return jnp.cos(angles) * np.where(frequencies == 0, np.float32(1), np.float32(scale)), jnp.sin(angles) * scale
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.norm import RowScale
 from pallas_kernels.rope import api as rope_kernels
-from specmq_jax.network.config import LlamaConfig
+from specmq_jax.errors import UserError
+from specmq_jax.network.config import LlamaConfig, View
 from specmq_jax.network.rows import Rows
 
 
@@ -38,9 +39,10 @@ class SequenceLayer(flax.struct.PyTreeNode):
             key, value = heads_first(key), heads_first(value)
         return query, self.replace(keys=(*self.keys, key), values=(*self.values, value))
 
-    def attend(self, query: Float[Array, "M Hq d"], rows: Rows, *, implementation: str | None = None
+    def attend(self, query: Float[Array, "M Hq d"], rows: Rows, view: View, *, implementation: str | None = None
                ) -> Float[Array, "M Hq d"]:
         del implementation
+        refuse_view(view)
         assert rows.mask is not None
         own = list(zip(self.keys[1:], self.values[1:], strict=True))
         split = query.reshape(-1, rows.mask.shape[1], *query.shape[1:])
@@ -81,6 +83,13 @@ class Sequences(flax.struct.PyTreeNode):
              skip: int = 0, reproducible: bool = False) -> Rows:
         del count, mask, skip, reproducible  # the sequences have a mask of their own
         return Rows.among(config, self.positions if offsets is None else self.positions + offsets, self.mask, limit=self.limit)
+
+
+def refuse_view(view: View) -> None:
+    """Raises a `UserError` for a view that is not of all keys as they are: sequences side by side have no other."""
+    if view != View():
+        raise UserError("sequences side by side, as training and calibration take them, are not supported for models with "
+                        "sliding windows, score caps or a scale of the scores of their own")
 
 
 def heads_first(x: Float[Array, "B S H d"]) -> Float[Array, "B H S d"]:

@@ -13,6 +13,7 @@ from checkpoints_tools.readers.hf import HuggingFaceReader
 from specmq_jax import formats
 from specmq_jax.errors import UserError
 from specmq_jax.formats import GroupedInt4, Int4GroupFormat, Logical
+from specmq_jax.network.config import head_order
 from specmq_jax.words import count
 
 SCALE_TYPES = ("F16", "BF16", "F32")
@@ -24,7 +25,8 @@ class QuantisedReader(HuggingFaceReader):
     """A Hugging Face directory whose layers' linear weights are integers with scales, in several tensors a module.
 
     Raises:
-      UserError: what `HuggingFaceReader` raises; a weight that is not quantised beside ones that are; a bias.
+      UserError: what `HuggingFaceReader` raises; a weight that is not quantised beside ones that are; a bias that the model
+        does not have; a family whose rows would have to be put into another order.
     """
 
     _main: str
@@ -47,6 +49,11 @@ class QuantisedReader(HuggingFaceReader):
     def _leftovers(self, module: str) -> Iterable[str]:
         """Names of tensors that are ignored where they are empty."""
         return ()
+
+    def _check_model(self) -> None:
+        if head_order(self.llama) is not None or self.llama.mlp == "plain-gelu":
+            raise UserError(f"{self.location} holds quantised weights of a model of type {self.llama.family}, which are not "
+                            "read; give the model that they were made from")
 
     def _holds(self, module: str) -> bool:
         return self._has_main(module) or not is_quantised(module) and super()._holds(module)
@@ -83,8 +90,10 @@ class QuantisedReader(HuggingFaceReader):
 
     def _check_values(self) -> None:
         for module in self._quantised:
-            if f"{module}.bias" in self._tensors.headers and self._tensors.read(f"{module}.bias").any():
-                raise UserError(f"{module}.bias is not zero; linear layers with a bias are not supported")
+            has_bias = f"{module}.bias" in self._tensors.headers and f"{module}.bias" not in self.stored
+            if has_bias and self._tensors.read(f"{module}.bias").any():
+                raise UserError(f"{module}.bias is not zero; a model of type {self.llama.family} and its "
+                                "config.json have none there")
 
     def _read_module(self, module: str) -> Logical:
         return self._read_integers(module) if self._is_quantised(module) else super()._read_module(module)

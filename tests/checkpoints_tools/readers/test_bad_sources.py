@@ -52,7 +52,7 @@ def test_a_malformed_config(tmp_path):
 
 def test_an_unknown_architecture(tmp_path):
     write_hf(tmp_path / "source", TINY | {"architectures": ["GPT2LMHeadModel"]})
-    refuse(tmp_path, tmp_path / "source", "'GPT2LMHeadModel' is not supported", "LlamaForCausalLM")
+    refuse(tmp_path, tmp_path / "source", "'GPT2LMHeadModel' is not supported", "known model types: llama")
 
 
 def test_a_missing_tensor(tmp_path):

@@ -43,6 +43,7 @@ def rope(**entries) -> RopeConfig:
     ("rms_norm_eps", ["x", "1e-5", None, True, 0, 0.0, -1, -1e-5, math.nan, math.inf, 1e-50, 1e300, HUGE, [1e-5]]),
     ("max_position_embeddings", [None, "256", 256.0, True, 0, -1, HUGE]),
     ("tie_word_embeddings", ["false", "true", None, 0, 1, [], {}]),
+    ("attention_bias", [None, 1]), ("mlp_bias", ["false"]),
     ("hidden_act", [None, "gelu", "relu", 1, ["silu"]]),
     ("architectures", ["LlamaForCausalLM", {}, [1], [None], ["GPT2LMHeadModel"], 1, True]),
     ("model_type", ["qwen2", "mistral", 1, ["llama"], True]),
@@ -184,7 +185,7 @@ def test_yarn_of_one_original_position_changes_no_frequency():
 
 
 @pytest.mark.parametrize(("key", "values"), [
-    ("attention_bias", [True, None, 1]), ("mlp_bias", [True, "false"]), ("sliding_window", [255, 0, False, "4096", 4096.0]),
+    ("sliding_window", [255, 0, False, "4096", 4096.0]),
     ("attention_multiplier", [0.0078125, 1.0]), ("embedding_multiplier", [12.0]), ("logits_scaling", [8.0]),
     ("residual_multiplier", [0.22]), ("final_logit_softcapping", [30.0]), ("attn_logit_softcapping", [50.0]),
     ("use_qk_norm", [True]), ("qk_layernorm", [True]), ("clip_qkv", [8.0]), ("logit_scale", [0.0625, True]),
@@ -231,9 +232,8 @@ def test_absent_entries_have_the_references_defaults():
 def test_a_mistral_that_says_nothing_of_its_window_has_one():
     lacking = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
     window = transformers.MistralConfig().sliding_window
-    assert f"config.json lacks sliding_window, which is then {window}" in refusal(
-        lacking | {"max_position_embeddings": window + 1})
-    assert LlamaConfig.from_hf(lacking | {"max_position_embeddings": window}).max_position == window
+    assert LlamaConfig.from_hf(lacking | {"max_position_embeddings": window + 1}).windows == (window, window)
+    assert LlamaConfig.from_hf(lacking | {"max_position_embeddings": window}).windows == ()
 
 
 def test_a_window_over_all_positions_hides_none():
