@@ -46,7 +46,7 @@ def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"
       cap: scores s become cap * tanh(s / cap); None leaves them.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel needs d to be a
-        power of two of at least 16. It has neither window nor cap: with one of them the reference stands in for it.
+        power of two of at least 16.
 
     Returns:
       [T, Hq, d] in q's dtype; zeros for a row that sees no key.
@@ -110,7 +110,7 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv
       q, k_cache, v_cache, length, slots: as for `tree_attention`, with a tail of T or T / N.
       depth: int32[T], 0 for the root, at most `ordered.MOST_DEPTH` (a traced value cannot be checked).
       paths: int32[T, D], from `tree_paths`; D is more than the largest depth.
-      scale, window, cap: as for `tree_attention`.
+      scale, window, cap: as for `tree_attention`; the kernel has neither window nor cap, and the reference stands in for it.
       config: how the kernel is cut; default a heuristic.
       implementation: as for `tree_attention`.
 
@@ -125,11 +125,12 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv
         raise ValueError(f"depth is {depth.dtype}{list(depth.shape)}; expected int32[{rows}]")
     if paths.ndim != 2 or paths.shape[0] != rows or paths.dtype != jnp.int32:
         raise ValueError(f"paths are {paths.dtype}{list(paths.shape)}; expected int32[{rows}, D]")
-    chosen = _chosen(implementation, window, cap)
+    chosen = launch.choose(implementation)
     _check(q, k_cache, v_cache)
+    _check_view(window, cap)
     scale = head_dim ** -0.5 if scale is None else scale
     *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
-    if chosen == "reference":
+    if chosen == "reference" or window is not None or cap is not None:
         def one(slot: Array | int, length: Array, q: Array, depth: Array, paths: Array) -> Array:
             return reference.ordered_attention(q, *caches, slot, length, depth, paths, scale=scale, window=window, cap=cap)
 
@@ -150,7 +151,8 @@ def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v
     if scale <= 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
     *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
-    chosen = _chosen(implementation, window, cap)
+    _check_view(window, cap)
+    chosen = launch.choose(implementation)
     if chosen == "reference":
         def one(slot: Array | int, length: Array, q: Array, words: Array | None) -> Array:
             return reference.attention(q, *caches, slot, length, words, tail=tail, scale=scale, window=window, cap=cap)
@@ -158,25 +160,23 @@ def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v
         return reference.each_sequence(one, q, lengths, slots, mask_words)
     _check_head_dim(head_dim)
     if config is None:
-        config = _config(rows, len(lengths), heads, k_cache, q.dtype)
-    return kernel.attention(q, *caches, lengths, slots, mask_words, tail=tail, scale=scale, config=config,
-                            interpret=chosen == "interpret")
+        config = _config(rows, len(lengths), heads, k_cache, q.dtype, None if window is None else window + tail)
+    return kernel.attention(q, *caches, lengths, slots, mask_words, tail=tail, scale=scale, window=window, cap=cap,
+                            config=config, interpret=chosen == "interpret")
 
 
-def _chosen(implementation: str | None, window: int | None, cap: float | None) -> str:
-    """The implementation; the reference where a row sees a window, or scores are capped."""
+def _check_view(window: int | None, cap: float | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected at least 1 key")
     if cap is not None and cap <= 0:
         raise ValueError(f"cap is {cap}; expected a positive number")
-    chosen = launch.choose(implementation)
-    return chosen if window is None and cap is None else "reference"
 
 
-def _config(rows: int, sequences: int, heads: int, k_cache: Array, dtype: jnp.dtype) -> kernel.Config:
+def _config(rows: int, sequences: int, heads: int, k_cache: Array, dtype: jnp.dtype, most: int | None) -> kernel.Config:
+    """`most` keys are read of a sequence, or all that there are."""
     max_len, kv_heads, head_dim = k_cache.shape[-3:]
-    fields = None
-    if sequences == 1:  # tables are of a single sequence, whose shares would be too many for several
+    max_len, fields = min(max_len, most or max_len), None
+    if sequences == 1 and most is None:  # tables are of a single sequence, whose shares would be too many for several
         fields = launch.tuned("attention", tuning_key(rows, heads, kv_heads, head_dim, dtype))
     return kernel.Config(**fields) if fields else kernel.heuristic(rows // sequences, heads, kv_heads, max_len, dtype,
                                                                    sequences)

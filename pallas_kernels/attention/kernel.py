@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import launch
-from pallas_kernels.attention.mask import WORD
+from pallas_kernels.attention.mask import WORD, windowed
 
 _SHARE, _LEAST_OF_SHARE = 1024, 128
 """Keys of a share where a slot has as many as its cache can hold, and those below which a sequence is not cut."""
@@ -82,9 +82,11 @@ def _exp2_of_sum(values: Float[Array, "M N"], factor: float, others: Float[Array
     return out
 
 
-def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: bool, scale: float, inline_asm: bool):
+def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: bool, scale: float, window: int | None,
+          cap: float | None, inline_asm: bool):
     q_ref, k_ref, v_ref, length_ref, *refs = refs
     words_ref = refs.pop(0) if tree else None
+    behind_ref = refs.pop(0) if tree and window is not None else None
     slots_ref = refs.pop(0) if is_slotted else None
     _, max_len, kv_heads, head_dim = k_ref.shape
     sequences = length_ref.shape[0]
@@ -102,15 +104,25 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: b
     lane = jnp.arange(head_dim)[None, :]
     queries = plgpu.load(q_ref.at[q_row, lane], mask=pair_mask, other=0)
     precision = jax.lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
-    exponent = scale * LOG2_E
+    exponent = scale * LOG2_E if cap is None else LOG2_E
 
     # A causal tile sees nothing past its last row's own key.
     last_row = tail if tree else jnp.minimum(rows, ((tile + 1) * config.block_m - 1) // group + 1)
     live = jnp.minimum(length + last_row, max_len)
     blocks = pl.cdiv(live, config.block_k)
-    each = jnp.maximum(pl.cdiv(blocks, config.splits), config.least_blocks)
-    first, last = split * each, jnp.minimum((split + 1) * each, blocks)
-    committed = jnp.clip(length // config.block_k, first, jnp.maximum(first, last))
+    if window is None:
+        each = jnp.maximum(pl.cdiv(blocks, config.splits), config.least_blocks)
+        first, last = split * each, jnp.minimum((split + 1) * each, blocks)
+        committed = jnp.clip(length // config.block_k, first, jnp.maximum(first, last))
+    else:
+        # The tile's first row begins earliest. What it sees may be hidden from others, so that every block is masked.
+        first_row = 0 if tree else tile * config.block_m // group
+        start = jnp.maximum(length + first_row + 1 - window, 0) // config.block_k
+        each = jnp.maximum(pl.cdiv(blocks - start, config.splits), config.least_blocks)
+        first, last = start + split * each, jnp.minimum(start + (split + 1) * each, blocks)
+        committed = first
+        behind = row + 1 if behind_ref is None else plgpu.load(behind_ref.at[sequence * rows + row], mask=row < rows, other=1)
+        first_key = (length + behind - window)[:, None]
 
     # A row's words once, not for each key: their loads stand in nobody's way.
     words = [plgpu.load(words_ref.at[sequence * rows + row, jnp.broadcast_to(index, row.shape)], mask=row < rows, other=0)
@@ -133,7 +145,11 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: b
         index = jnp.broadcast_to(slot, (1, 1)), key[:, None], jnp.broadcast_to(kv_head, (1, 1)), lane
         keys = plgpu.load(k_ref.at[index], mask=in_cache, other=0 if masked else None)
         scores = plgpu.dot(queries, keys, trans_b=True, precision=precision)
-        if masked:
+        if cap is not None:
+            scores = cap * jnp.tanh(scores * (scale / cap))
+        if masked and window is not None:
+            scores = jnp.where(visible(key) & (key < live)[None, :] & (key[None, :] >= first_key), scores, MASKED)
+        elif masked:
             scores = jnp.where(visible(key) & (key < live)[None, :], scores, MASKED)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
         # a row that has seen no key keeps weights of zero
@@ -146,7 +162,8 @@ def _body(*refs, config: Config, rows: int, tail: int, tree: bool, is_slotted: b
 
     carry = (jnp.zeros((config.block_m, head_dim), jnp.float32), jnp.full((config.block_m,), MASKED, jnp.float32),
              jnp.zeros((config.block_m,), jnp.float32))
-    carry = jax.lax.fori_loop(first, committed, functools.partial(step, masked=False), carry)
+    if window is None:
+        carry = jax.lax.fori_loop(first, committed, functools.partial(step, masked=False), carry)
     total, largest, weight_sum = jax.lax.fori_loop(committed, last, functools.partial(step, masked=True), carry)
 
     if config.splits == 1:
@@ -177,10 +194,11 @@ def _combine_body(total_ref, largest_ref, sum_ref, out_ref, *, splits: int, may_
     plgpu.store(out_ref.at[q_row, lane], (total / jnp.where(weight_sum == 0, 1.0, weight_sum)).astype(out_ref.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("tail", "scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tail", "scale", "window", "cap", "config", "interpret"))
 def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_cache: Float[Array, "B L Hkv d"],
               lengths: Int32[Array, "N"], slots: Int32[Array, "N"] | None, mask_words: Int32[Array, "T W"] | None, *,
-              tail: int, scale: float, config: Config, interpret: bool) -> Float[Array, "T Hq d"]:
+              tail: int, scale: float, window: int | None = None, cap: float | None = None, config: Config, interpret: bool
+              ) -> Float[Array, "T Hq d"]:
     """See `api.tree_attention`, and `api.causal_attention` where `mask_words` is None; no slots are one sequence in the only
     one."""
     rows, heads, head_dim = q.shape
@@ -188,13 +206,17 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_c
     each = rows // sequences
     flat = jax.ShapeDtypeStruct((rows * heads, head_dim), q.dtype)
     operands = [q.reshape(flat.shape), k_cache, v_cache, lengths]
-    operands += [operand for operand in (mask_words, slots) if operand is not None]
+    behind = None
+    if window is not None and mask_words is not None:
+        mask_words, behind = windowed(mask_words, tail, window)
+    operands += [operand for operand in (mask_words, behind, slots) if operand is not None]
     parts = config.splits * rows * heads
     out_shape = [flat] if config.splits == 1 else [jax.ShapeDtypeStruct((parts, head_dim), jnp.float32),
                                                    jax.ShapeDtypeStruct((parts,), jnp.float32),
                                                    jax.ShapeDtypeStruct((parts,), jnp.float32)]
     body = functools.partial(_body, config=config, rows=each, tail=tail, tree=mask_words is not None,
-                             is_slotted=slots is not None, scale=scale, inline_asm=not interpret)
+                             is_slotted=slots is not None, scale=scale, window=window, cap=cap,
+                             inline_asm=not interpret)
     out = launch.call(
         body, operands, out_shape=out_shape, num_warps=config.num_warps, num_stages=config.num_stages,
         grid=(pl.cdiv(each * heads // kv_heads, config.block_m), kv_heads, config.splits * sequences), interpret=interpret,

@@ -21,6 +21,13 @@ def unpack(words: Int32[Array, "T W"], columns: int) -> Bool[Array, "T C"]:
     return bits.reshape(rows, -1)[:, :columns].astype(bool)
 
 
+def windowed(words: Int32[Array, "T W"], columns: int, window: int) -> tuple[Int32[Array, "T W"], Int32[Array, "T"]]:
+    """The words without keys that a window hides, and how many keys of its path each row has among these columns."""
+    mask = unpack(words, columns)
+    behind = jnp.cumsum(mask, axis=1, dtype=jnp.int32)  # the row's path up to each node
+    return pack(mask & (behind[:, -1:] - behind < window)), behind[:, -1]
+
+
 def paths(mask: Bool[Array, "T T"], depth: Int32[Array, "T"]) -> Int32[Array, "T T"]:
     """See `api.tree_paths`."""
     node = jnp.arange(mask.shape[0], dtype=jnp.int32)

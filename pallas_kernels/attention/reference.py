@@ -21,14 +21,14 @@ def attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "B L Hkv d"], v_c
     _, max_len, kv_heads, _ = k_cache.shape
     block = min(BLOCK, max_len)
     queries = (q.astype(jnp.float32) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    mask = jnp.tri(rows, dtype=bool) if mask_words is None else masks.unpack(mask_words, tail)
     first_block: Array | int = 0
     first_key: Array | int = 0
     if window is not None:
-        behind = jnp.cumsum(mask, axis=1, dtype=jnp.int32)  # keys of a row's path up to each node
-        mask &= behind[:, -1:] - behind < window
-        first_key = length + behind[:, -1:] - window
+        words = masks.pack(jnp.tri(rows, dtype=bool)) if mask_words is None else mask_words
+        mask_words, behind = masks.windowed(words, tail, window)
+        first_key = length + behind[:, None] - window
         first_block = jnp.maximum(first_key.min(), 0) // block
+    mask = jnp.tri(rows, dtype=bool) if mask_words is None else masks.unpack(mask_words, tail)
 
     def visible(key: Int32[Array, "B"]) -> Bool[Array, "T B"]:
         node = key - length

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import IMPLEMENTATIONS
+from lowering import cuda_text, launches
 
-from pallas_kernels.attention import api
+from pallas_kernels.attention import api, kernel
 
 HEADS, KV_HEADS, DIM, ROOM = 4, 2, 16, 400
 PARENTS = (0, 0, 1, 1, 2, 3)
@@ -38,24 +40,25 @@ def tree():
     return mask
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 130, 1000])
-@pytest.mark.parametrize("cap", [None, 0.5])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("window", "cap"), [(None, 0.5), (1, None), (3, 0.5), (130, None), (1000, 0.5)])
 @pytest.mark.parametrize("length", [0, 5, 300])
-def test_causal_rows(length, window, cap):
+def test_causal_rows(length, window, cap, implementation):
     q, keys, values = draw(9)
     keys[length + 9:] = values[length + 9:] = np.nan
-    found = api.causal_attention(q, keys, values, jnp.int32(length), window=window, cap=cap)
+    found = api.causal_attention(q, keys, values, jnp.int32(length), window=window, cap=cap, implementation=implementation)
     paths = [np.arange(length + row + 1) for row in range(9)]
     np.testing.assert_allclose(found, expected(q, keys, values, paths, window=window, cap=cap), atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 130])
 @pytest.mark.parametrize("first", [0, 4])
-def test_rows_of_a_tree_and_of_its_last_levels(first, window):
+def test_rows_of_a_tree_and_of_its_last_levels(first, window, implementation):
     mask, length = tree(), 200
     q, keys, values = draw(len(mask) - first)
     found = api.tree_attention(q, keys, values, jnp.int32(length), api.pack_mask(jnp.asarray(mask[first:])), tail=len(mask),
-                               window=window, cap=2.0)
+                               window=window, cap=2.0, implementation=implementation)
     paths = [np.concatenate([np.arange(length), length + np.flatnonzero(row)]) for row in mask[first:]]
     np.testing.assert_allclose(found, expected(q, keys, values, paths, window=window, cap=2.0), atol=2e-6)
 
@@ -71,11 +74,12 @@ def test_ordered_rows(window):
     np.testing.assert_allclose(found, expected(*map(np.asarray, (q, keys, values)), paths, window=window, cap=2.0), atol=2e-6)
 
 
-def test_each_sequence_has_its_window():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_each_sequence_has_its_window(implementation):
     q, keys, values = draw(6)
     caches = [np.stack([part, part[::-1]]) for part in (keys, values)]
     lengths, slots = jnp.array([7, 290], jnp.int32), jnp.array([1, 0], jnp.int32)
-    found = api.causal_attention(q, *caches, lengths, slots=slots, window=4)
+    found = api.causal_attention(q, *caches, lengths, slots=slots, window=4, implementation=implementation)
     for i, (slot, length) in enumerate(((1, 7), (0, 290))):
         rows = q[3 * i:3 * i + 3]
         paths = [np.arange(length + row + 1) for row in range(3)]
@@ -88,6 +92,29 @@ def test_what_lies_before_the_window_leaves_no_mark():
     keys[:386] = np.nan
     found = jax.jit(lambda *caches: api.causal_attention(q, *caches, jnp.int32(390), window=4))(keys, values)
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("length", [0, 300])
+def test_shares_of_a_window_add_up(splits, length):
+    """However many programs share the window's keys, empty shares included."""
+    q, keys, values = draw(40)
+    config = kernel.Config(block_m=16, block_k=16, splits=splits)
+    found = api.causal_attention(q, keys, values, jnp.int32(length), window=50, config=config, implementation="interpret")
+    paths = [np.arange(length + row + 1) for row in range(40)]
+    np.testing.assert_allclose(found, expected(q, keys, values, paths, window=50, cap=None), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize(("window", "cap"), [(100, None), (100, 30.0)])
+def test_the_kernel_lowers_for_a_gpu(dtype, window, cap):
+    shapes = (6, HEADS, DIM), (ROOM, KV_HEADS, DIM), (ROOM, KV_HEADS, DIM)
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes] + [jax.ShapeDtypeStruct((), jnp.int32)]
+    words = jax.ShapeDtypeStruct((6, 1), jnp.int32)
+    config = kernel.Config(splits=2)
+    text = cuda_text(lambda *given: api.tree_attention(*given, window=window, cap=cap, config=config, implementation="kernel"),
+                     *operands, words)
+    assert launches(text) == 2
 
 
 @pytest.mark.parametrize(("options", "part"), [({"window": 0}, "window"), ({"cap": 0.0}, "cap")])
