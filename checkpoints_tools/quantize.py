@@ -18,6 +18,7 @@ from checkpoints_tools.quantizers.calibration import CalibrationFile
 from checkpoints_tools.quantizers.gptq import Gptq
 from checkpoints_tools.quantizers.layerwise import Quantiser, Recipe
 from checkpoints_tools.quantizers.smooth import INPUTS, Smoothing
+from checkpoints_tools.quantizers.stages import CALIBRATED
 from checkpoints_tools.readers import Reader, open_source
 from checkpoints_tools.rotation.rotated import RotatedReader, random_rotation
 from specmq_jax import formats
@@ -67,7 +68,7 @@ def quantize(source: str | pathlib.Path, destination: str | pathlib.Path, precis
         raise UserError(f"{source} holds {reader.formats.linear.name} weights, which would be rounded a second time; give the "
                         "model that they were made from")
     if looks:
-        reader.llama.require("quantising by a calibration text")
+        reader.llama.require("quantising by a calibration text", CALIBRATED)
     made = recipe.describe() | {"rotation_seed": rotation_seed}
     source_reader = reader
     if rotation_seed is not None:

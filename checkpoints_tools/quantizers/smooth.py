@@ -113,9 +113,16 @@ def _divide_source(config: LlamaConfig, weights: dict[str, Array], path: str, sc
         weights[norm] = weights[norm] / scale
     elif path == OUT:
         kept = scale.reshape(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)
-        weights[QKV] = weights[QKV].at[:, -len(kept):].divide(kept)
+        _divide_last_columns(weights, QKV, kept)
     else:
-        weights[GATE_UP] = weights[GATE_UP].at[:, -len(scale):].divide(scale)
+        _divide_last_columns(weights, GATE_UP, scale)
+
+
+def _divide_last_columns(weights: dict[str, Array], path: str, scale: Float[Array, "N"]) -> None:
+    """Of the weight at `path` and, where it has one, of its bias."""
+    for part in (path, f"{path.removesuffix('w')}bias"):
+        if part in weights:
+            weights[part] = weights[part].at[..., -len(scale):].divide(scale)
 
 
 @functools.partial(jax.jit, static_argnames="weight_format")

@@ -19,6 +19,8 @@ from specmq_jax.network.sequences import Sequences
 
 QKV, OUT, GATE_UP, DOWN = LINEAR = ("attention/qkv/w", "attention/o/w", "mlp/gate_up/w", "mlp/down/w")
 ATTENTION_NORM, MLP_NORM = "attention_norm/scale", "mlp_norm/scale"
+CALIBRATED = ("biases", "qk_norm", "rope")
+"""Fields in which a model may differ from Llama."""
 _HALVES = (QKV, OUT), (GATE_UP, DOWN)
 
 LayerWeights = Mapping[str, Float[Array, "..."]]

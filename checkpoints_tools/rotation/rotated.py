@@ -14,6 +14,9 @@ from checkpoints_tools.rotation.hadamard import hadamard
 from specmq_jax.errors import UserError
 from specmq_jax.formats import DenseFormat, Quantised, dense_values
 
+_COMMUTING = ("qk_norm", "biases", "mlp", "windows", "ropes", "rope", "query_scale", "score_cap", "embedding_multiplier",
+              "residual_multiplier", "logit_multiplier", "logit_cap")
+"""Fields in which a model may differ from Llama."""
 _ROWS = 8192
 """Rows that are rotated at a time: their f32 copies take 0.5 GB at D = 8192."""
 
@@ -34,11 +37,12 @@ def random_rotation(size: int, seed: int = 0) -> Float[np.ndarray, "D D"]:
 
 
 def check_rotatable(reader: Reader) -> None:
-    """Raises a `UserError` where a checkpoint's weights are quantised, or rotated already, or the model is not Llama's."""
+    """Raises a `UserError` where a checkpoint's weights are quantised, or rotated already, or can't be: its norms
+    are no RMSNorms, or stand elsewhere than before attention and MLP."""
     if not isinstance(reader.formats.linear, DenseFormat):
         raise UserError(f"{reader.location} holds {reader.formats.linear.name} weights, and rotating would round them a second "
                         "time; rotate the model that they were made from, then quantise")
-    reader.llama.require("rotating")
+    reader.llama.require("rotating", _COMMUTING)
     if reader.rotation_file:
         raise UserError(f"{reader.location} is rotated already ({reader.rotation_file.name}); give the model that it was made "
                         "from")
@@ -77,8 +81,14 @@ class RotatedReader(Reader):
 
     def read(self, path: str) -> Float[np.ndarray, "..."]:
         layer, _, part = path.partition("/")
+        if part in ("attention/q_norm/scale", "attention/k_norm/scale", "mlp/gate_up/bias"):
+            return self._values(path)
         if path.endswith("/scale"):
             return np.ones(self.llama.hidden_size, np.float32)
+        if part == "attention/qkv/bias":
+            return self._turn_values(self._values(path)[None].astype(np.float32))[0]
+        if path.endswith("/bias"):
+            return self._rotated(self._values(path)[None])[0]
         if path == "embed/table":
             return self._rotated(self._values(path))
         if path == "lm_head/w":
