@@ -69,7 +69,7 @@ class Case:
 
 def linears(model: LlamaConfig) -> Mapping[str, tuple[int, int]]:
     """K and N of a layer's products, fused as the model fuses them."""
-    shapes = parameter_shapes(dataclasses.replace(model, num_layers=1))
+    shapes = parameter_shapes(model.as_llama(num_layers=1))
     paths = {"qkv": "attention/qkv", "o": "attention/o", "gate_up": "mlp/gate_up", "down": "mlp/down"}
     return {name: shapes[f"layers_0/{path}/w"] for name, path in paths.items()}
 

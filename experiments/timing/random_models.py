@@ -42,8 +42,7 @@ def random_head(target: sm.Model, version: int, vocabulary: int | None = None, *
         raise UserError(f"a head that scores {vocabulary} tokens does not fit a target of {config.vocab_size}")
     cut = 0 < vocabulary < config.vocab_size
     ranked = np.random.default_rng(seed).permutation(config.vocab_size).astype(np.int32)
-    layer = dataclasses.replace(config, num_layers=1, tie_embeddings=False,
-                                vocab_size=vocabulary if own and cut else config.vocab_size)
+    layer = config.as_llama(num_layers=1, tie_embeddings=False, vocab_size=vocabulary if own and cut else config.vocab_size)
     sizes = EagleConfig(version=version, layer=layer, feature_size=config.hidden_size * (3 if own else 1),
                         vocab_size=config.vocab_size, embed_size=config.hidden_size,
                         tied_head=not own and config.tie_embeddings)

@@ -46,7 +46,7 @@ def tree_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"
       cap: scores s become cap * tanh(s / cap); None leaves them.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
       implementation: "reference", "kernel", "interpret", or None for the backend's own. The kernel needs d to be a
-        power of two of at least 16.
+        power of two of at least 16; for another one None is the reference.
 
     Returns:
       [T, Hq, d] in q's dtype; zeros for a row that sees no key.
@@ -125,9 +125,9 @@ def ordered_attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv
         raise ValueError(f"depth is {depth.dtype}{list(depth.shape)}; expected int32[{rows}]")
     if paths.ndim != 2 or paths.shape[0] != rows or paths.dtype != jnp.int32:
         raise ValueError(f"paths are {paths.dtype}{list(paths.shape)}; expected int32[{rows}, D]")
-    chosen = launch.choose(implementation)
     _check(q, k_cache, v_cache)
     _check_view(window, cap)
+    chosen = _chosen(implementation, head_dim)
     scale = head_dim ** -0.5 if scale is None else scale
     *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
     if chosen == "reference" or window is not None or cap is not None:
@@ -152,7 +152,7 @@ def _attention(q: Float[Array, "T Hq d"], k_cache: Float[Array, "*B L Hkv d"], v
         raise ValueError(f"scale is {scale}; expected a positive number")
     *caches, lengths, slots = as_slots(k_cache, v_cache, length, slots, rows)
     _check_view(window, cap)
-    chosen = launch.choose(implementation)
+    chosen = _chosen(implementation, head_dim)
     if chosen == "reference":
         def one(slot: Array | int, length: Array, q: Array, words: Array | None) -> Array:
             return reference.attention(q, *caches, slot, length, words, tail=tail, scale=scale, window=window, cap=cap)
@@ -182,8 +182,18 @@ def _config(rows: int, sequences: int, heads: int, k_cache: Array, dtype: jnp.dt
                                                                    sequences)
 
 
+def _chosen(implementation: str | None, head_dim: int) -> str:
+    """The implementation; where none is asked for, the reference for a head that the kernel can't take."""
+    chosen = launch.choose(implementation)
+    return chosen if implementation is not None or _suits_kernel(head_dim) else "reference"
+
+
+def _suits_kernel(head_dim: int) -> bool:
+    return head_dim >= 16 and launch.is_power_of_two(head_dim)
+
+
 def _check_head_dim(head_dim: int) -> None:
-    if head_dim < 16 or not launch.is_power_of_two(head_dim):
+    if not _suits_kernel(head_dim):
         raise ValueError(f"head_dim is {head_dim}; the kernel expects a power of two of at least 16")
 
 

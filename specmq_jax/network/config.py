@@ -131,6 +131,12 @@ class LlamaConfig:
     def _other_rope(self) -> bool:
         return self.rope.partial != 1 or self.rope.type == "longrope" or FAMILIES[self.family].interleaved
 
+    def as_llama(self, **changes: Any) -> "LlamaConfig":
+        """A Llama of the same sizes and rope, with other values of some fields: what a head's layers are."""
+        plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)
+                                 if field.name in (*_FIELDS, "family")}
+        return dataclasses.replace(self, **plain | changes)
+
     def require(self, what: str, fields: Collection[str] = ()) -> None:
         """Raises a `UserError` where the model differs from Llama in other fields than these; `what` can't be done then."""
         if others := [name for name in self.beyond_llama if name not in fields]:

@@ -117,6 +117,15 @@ def test_the_kernel_lowers_for_a_gpu(dtype, window, cap):
     assert launches(text) == 2
 
 
+def test_a_gpu_takes_the_reference_for_a_head_that_the_kernel_can_not(monkeypatch):
+    monkeypatch.setattr(api.launch, "choose", lambda implementation: implementation or "kernel")
+    q, keys, values = (part[..., :12] for part in draw(3))
+    expected = api.causal_attention(q, keys, values, jnp.int32(5), implementation="reference")
+    np.testing.assert_array_equal(api.causal_attention(q, keys, values, jnp.int32(5)), expected)
+    with pytest.raises(ValueError, match="head_dim is 12"):
+        api.causal_attention(q, keys, values, jnp.int32(5), implementation="kernel")
+
+
 @pytest.mark.parametrize(("options", "part"), [({"window": 0}, "window"), ({"cap": 0.0}, "cap")])
 def test_a_senseless_view_is_refused(options, part):
     with pytest.raises(ValueError, match=part):

@@ -10,10 +10,12 @@ import shutil
 import numpy as np
 import pytest
 from configs import PLAIN
+from fakes import OracleDrafter
 from family_models import MODELS, VOCAB
 
 import specmq_jax as sm
 from checkpoints_tools.conversion import convert
+from experiments.timing.random_models import random_head
 from specmq_jax import formats
 from specmq_jax.network.config import LlamaConfig
 from specmq_jax.network.families import FAMILIES
@@ -75,6 +77,39 @@ def test_drafts_of_a_chain_change_no_token(tmp_path, name):
         PROMPT, max_new_tokens=24)
     np.testing.assert_array_equal(found.tokens, plain.tokens)
     assert np.mean(found.accept_lengths) > 1.5
+
+
+@pytest.mark.parametrize(("name", "reproducible"), [("gemma3", False), ("cohere2", True), ("exaone4", False)])
+def test_drafts_in_a_tree_have_the_windows_of_their_paths(tmp_path, name, reproducible):
+    """Trees that hold the true continuation in places, among wrong tokens, are accepted as far as it goes."""
+    MODELS[name].write(tmp_path / "source")
+    target = sm.load(convert(tmp_path / "source", tmp_path / "made"))
+    config = sm.DecodeConfig(max_len=80, reproducible=reproducible)
+    plain = sm.Decoder(target, sm.NoDrafter(), config).generate(PROMPT, max_new_tokens=24)
+    drafter = OracleDrafter.random([*PROMPT, *plain.tokens], size=14, vocab=VOCAB, skill=0.9, seed=1)
+    found = sm.Decoder(target, drafter, config).generate(PROMPT, max_new_tokens=24)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    assert np.mean(found.accept_lengths) > 2
+
+
+@pytest.mark.parametrize(("name", "version"), [("qwen3", 2), ("cohere2", 3)])
+def test_a_heads_drafts_change_no_token(tmp_path, name, version):
+    MODELS[name].write(tmp_path / "source")
+    target = sm.load(convert(tmp_path / "source", tmp_path / "made"))
+    drafter = sm.EagleDrafter(random_head(target, version, 0), sm.TreeConfig(depth=2, top_k=3, size=8))
+    plain, found = (sm.Decoder(target, each, sm.DecodeConfig(max_len=64)).generate(PROMPT, max_new_tokens=NEW)
+                    for each in (sm.NoDrafter(), drafter))
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+
+
+def test_an_engine_gives_each_sequence_its_window(tmp_path):
+    MODELS["gemma3"].write(tmp_path / "source")
+    target = sm.load(convert(tmp_path / "source", tmp_path / "made"))
+    prompts, config = [PROMPT[:5].tolist(), PROMPT.tolist(), PROMPT[3:15].tolist()], sm.DecodeConfig(max_len=64)
+    with sm.Engine(target, sm.ChainDrafter(target.with_precision("w8a16"), length=2), config, slots=2) as engine:
+        found = [generation.tokens.tolist() for generation in engine.generate(prompts, max_new_tokens=NEW)]
+    alone = sm.Decoder(target, sm.NoDrafter(), config)
+    assert found == [alone.generate(prompt, max_new_tokens=NEW).tokens.tolist() for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "glm4"])
