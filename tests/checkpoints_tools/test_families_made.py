@@ -29,7 +29,8 @@ def calibrated(source, destination, precision, recipe):
     return quantiser.write(destination, recipe.describe(), content="", digests={})
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3-partial"])
+@pytest.mark.parametrize("name", [
+    "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2", "phi3-partial"))])
 def test_a_smoothed_model_is_the_same_function(tmp_path, name):
     tensors = MODELS[name].write(tmp_path / "source")
     recipe = Recipe(smoothing=Smoothing(alpha=0.5, inputs=tuple(INPUTS)))
@@ -47,7 +48,9 @@ def test_gptq_comes_nearer_to_the_model_than_rounding(tmp_path, name):
     assert error < 0.95 * other
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3", "smollm3", "phi3-partial", "granite"])
+@pytest.mark.parametrize("name", [
+    "qwen3", "granite",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral", "qwen2-window", "smollm3", "phi3-partial"))])
 def test_a_rotated_model_is_the_same_function(tmp_path, name):
     tensors = MODELS[name].write(tmp_path / "source")
     made = sm.load(rotate(tmp_path / "source", tmp_path / "made", seed=1))

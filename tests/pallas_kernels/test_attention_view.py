@@ -42,7 +42,7 @@ def tree():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("window", "cap"), [(None, 0.5), (1, None), (3, 0.5), (130, None), (1000, 0.5)])
-@pytest.mark.parametrize("length", [0, 5, 300])
+@pytest.mark.parametrize("length", [0, pytest.param(5, marks=pytest.mark.slow), 300])
 def test_causal_rows(length, window, cap, implementation):
     q, keys, values = draw(9)
     keys[length + 9:] = values[length + 9:] = np.nan

@@ -112,7 +112,8 @@ def test_an_engine_gives_each_sequence_its_window(tmp_path):
     assert found == [alone.generate(prompt, max_new_tokens=NEW).tokens.tolist() for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "glm4"])
+@pytest.mark.parametrize("name", [
+    "qwen2", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "glm4"))])
 @pytest.mark.parametrize("precision", ["w4a16-g32", "w8a16", "w8a8"])
 def test_weights_can_be_rounded(tmp_path, name, precision):
     """The layers' linear weights become the nearest codes, a group or a channel for itself, and all else stays."""
@@ -191,7 +192,7 @@ def test_a_field_of_another_value_is_refused(fields, part):
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("style", ["config.json", "config_v4.json"])
+@pytest.mark.parametrize("style", ["config.json", pytest.param("config_v4.json", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FILES)
 def test_hugging_faces_logits_and_tokens(tmp_path, name, style):
     shutil.copytree(GOLDENS / name, tmp_path / "source")
