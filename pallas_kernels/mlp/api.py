@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import launch
+from pallas_kernels import launch, transposed
 from pallas_kernels.finite import narrowed
 from pallas_kernels.mlp import kernel
 from pallas_kernels.norm.row_scale import RowScale
 from pallas_kernels.partials import add_up
 
 MOST_PEAKED_ROWS = 64
-MOST_REPRODUCIBLE_ROWS = 512
 
 
 def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale: RowScale | None = None,
@@ -27,13 +26,13 @@ def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale
       out_dtype: of the result.
       row_scale: a factor that gate_up's rows are still owed.
       with_peaks: also finds what `w8a8.quantise_rows` asks for.
-      reproducible: a row's bits are the same whatever other rows there are, for up to `MOST_REPRODUCIBLE_ROWS`.
+      reproducible: a row's bits are the same whatever other rows there are, for up to `transposed.MAX_ROWS`.
       implementation: "reference", "kernel", "interpret", or None for the backend's own.
 
     Returns:
       out_dtype[M, I], NaN beyond its range, and the largest magnitudes in C parts of each of its rows, f32[M, C], infinite for
       a NaN; None instead where they aren't wanted, in the reference, and for more than `MOST_PEAKED_ROWS`, whose rounding fills
-      a GPU with a program a row, or than `MOST_REPRODUCIBLE_ROWS` where that is asked for.
+      a GPU with a program a row, or than `transposed.MAX_ROWS` where that is asked for.
 
     Raises:
       ValueError: not three axes, no partial sum, an odd last axis, or an unknown implementation.
@@ -41,7 +40,7 @@ def silu_mul(gate_up: Float[Array, "S M 2I"], *, out_dtype: jnp.dtype, row_scale
     if gate_up.ndim != 3 or gate_up.shape[0] < 1 or gate_up.shape[2] % 2:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; expected [S, M, 2 * intermediate]")
     chosen = launch.choose(implementation)
-    most = MOST_REPRODUCIBLE_ROWS if reproducible else MOST_PEAKED_ROWS
+    most = transposed.MAX_ROWS if reproducible else MOST_PEAKED_ROWS
     if with_peaks and chosen != "reference" and gate_up.shape[1] <= most:
         return kernel.silu_mul(gate_up, row_scale, out_dtype=jnp.dtype(out_dtype), interpret=chosen == "interpret")
     inner = gate_up.shape[2] // 2

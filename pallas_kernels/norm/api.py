@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import launch
+from pallas_kernels import launch, transposed
 from pallas_kernels.norm import kernel, reference
 from pallas_kernels.norm.row_scale import RowScale
 
 MOST_DEFERRED_ROWS = 64
-MOST_REPRODUCIBLE_ROWS = 512
 _CHUNK = 512  # columns a program; the readers of the factor add up a row's chunks
 
 
@@ -57,13 +56,13 @@ def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, 
 
     Args:
       with_peaks: also finds what `w8a8.quantise_rows` asks for.
-      reproducible: a row's bits are the same whatever other rows there are, for up to `MOST_REPRODUCIBLE_ROWS`.
+      reproducible: a row's bits are the same whatever other rows there are, for up to `transposed.MAX_ROWS`.
       residual, partials, weight, eps, out_dtype, implementation: as in `add_rms_norm`.
 
     Returns:
       The summed residual, f32[M, D]; out_dtype[M, D] and the factor that makes it the normalised rows, None where they
       are normalised already: in the reference, and for more than `MOST_DEFERRED_ROWS`, which fill a GPU as they are, or than
-      `MOST_REPRODUCIBLE_ROWS` where that is asked for.
+      `transposed.MAX_ROWS` where that is asked for.
       Values beyond out_dtype's range, which a factor of a later launch can't bring back, are NaN. Last the largest
       magnitudes of each chunk of these values, f32[M, C], infinite where one is NaN; None where there is no factor, or they
       aren't wanted.
@@ -74,7 +73,7 @@ def add_rms_norm_deferred(residual: Float[Array, "M D"], partials: Float[Array, 
     _check(residual, partials, weight)
     chosen = launch.choose(implementation)
     rows, columns = residual.shape
-    if chosen == "reference" or rows > (MOST_REPRODUCIBLE_ROWS if reproducible else MOST_DEFERRED_ROWS):
+    if chosen == "reference" or rows > (transposed.MAX_ROWS if reproducible else MOST_DEFERRED_ROWS):
         return *add_rms_norm(residual, partials, weight, eps=eps, out_dtype=out_dtype, reproducible=reproducible,
                              implementation=chosen), None, None
     total, scaled, squares, *peaks = kernel.add_scale(

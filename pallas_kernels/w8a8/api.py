@@ -57,8 +57,7 @@ def matmul_partials(q: Int8[Array, "M K"], row_scales: Float[Array, "M"], values
       scales: f32[N].
       halves: gives the sums in f16, NaN beyond its range, which are half the bytes for a rounding like an activation's.
       config: how the kernel is cut; default the tuned table of this device, then a heuristic.
-      implementation: as in `quantise_rows`. The kernel takes up to 512 rows; the reference
-        multiplies more.
+      implementation: as in `quantise_rows`. The kernel takes up to 512 rows; the reference multiplies more.
 
     Returns:
       f32[S, M, N], f16 where `halves`.

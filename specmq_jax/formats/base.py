@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import transposed
 from specmq_jax.formats.logical import Logical, Quantised, dense_values
 from specmq_jax.formats.ranges import Range, is_traced, peak
 
-MOST_REPRODUCIBLE_ROWS = 512
+MOST_REPRODUCIBLE_ROWS = transposed.MAX_ROWS
 """More rows are a prompt, which every format may multiply in another way."""
 
 Weight = Any
